@@ -1,0 +1,1391 @@
+"""Tests of beta9_agent.py, in the order of its rooms."""
+from __future__ import annotations
+
+import ast
+import ctypes
+import heapq
+import ipaddress
+import json
+import logging
+import os
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+import beta9_agent as b9
+
+SOURCE = pathlib.Path(b9.__file__)
+TEXT = SOURCE.read_text()
+TREE = ast.parse(TEXT)
+MACHINE_TOKEN = "mt-0123456789abcdefGHIJ"
+K3S_TOKEN = "k3s-zyxwvutsrqponmlk98765"
+ID = "1165a9b6"
+
+
+def settings_of(*argv, env=None):
+    """What command line and environment come to: the settings, checked, and the problems with them."""
+    return b9.build_config(b9.read_settings(list(argv), {} if env is None else env))
+
+
+def config_of(*argv, env=None):
+    config, problems = settings_of("--token", MACHINE_TOKEN, *argv, env=env)
+    assert problems == []
+    return config
+
+
+@pytest.fixture
+def log_lines():
+    """The log lines that a test causes in this process."""
+    lines = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    handler, level = Collect(), b9.LOG.level
+    b9.LOG.addHandler(handler)
+    b9.LOG.setLevel(logging.DEBUG)
+    yield lines
+    b9.LOG.removeHandler(handler)
+    b9.LOG.setLevel(level)
+
+
+# ---- 0 Layout
+EFFECTS = {"time", "random", "open", "os", "socket", "subprocess", "requests", "psutil", "pynvml", "print",
+           "threading"}
+
+
+def rooms():
+    """Number -> first and last line."""
+    starts = [(int(found[1]), line) for line, text in enumerate(TEXT.splitlines(), 1)
+              if (found := re.match(r"# ---- (\d+) \w", text))]
+    ends = [line - 1 for _, line in starts[1:]] + [TEXT.count("\n")]
+    return {number: (line, end) for (number, line), end in zip(starts, ends)}
+
+
+def functions():
+    return [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def test_layout_rooms_are_numbered_in_order():
+    assert list(rooms()) == sorted(rooms()) and {1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13} <= set(rooms())
+
+
+def test_layout_functions_are_no_longer_than_40_lines():
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions()}
+    assert {name: length for name, length in lengths.items() if length > 40} == {}
+
+
+def test_layout_lines_are_no_wider_than_110_columns():
+    assert [line for line, text in enumerate(TEXT.splitlines(), 1) if len(text) > 110] == []
+
+
+def test_layout_compressed_file_fits_user_data():
+    packed = subprocess.run(["gzip", "-9", "--no-name", "--stdout", str(SOURCE)], check=True, capture_output=True)
+    assert len(packed.stdout) < 14800
+
+
+def test_law_1_functions_call_only_what_stands_above():
+    defined = {node.name: node.lineno for node in TREE.body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    defined |= {name.id: node.lineno for node in TREE.body if isinstance(node, (ast.Assign, ast.AnnAssign))
+                for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+    below = [f"{function.name}: {call.func.id}" for function in functions() for call in ast.walk(function)
+             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+             and defined.get(call.func.id, 0) > function.lineno]
+    assert below == []
+
+
+def test_law_2_rooms_2_to_4_have_no_effects():
+    first, last = rooms()[2][0], rooms()[4][1]
+    assert rooms()[5][0] == last + 1
+    names = [(node.lineno, getattr(node, "id", getattr(node, "attr", None))) for node in ast.walk(TREE)
+             if isinstance(node, (ast.Name, ast.Attribute)) and first <= node.lineno <= last]
+    assert [pair for pair in names if pair[1] in EFFECTS] == []
+
+
+# ---- 2 Vocabulary
+@pytest.mark.parametrize("show", [repr, str, format, "{!r:>40}".format, "%s".__mod__, ascii,
+                                  lambda secret: json.dumps({"token": secret}, default=str),
+                                  lambda secret: repr([secret]),
+                                  lambda secret: repr(b9.Config(token=secret))],
+                         ids=["repr", "str", "format", "padded", "percent", "ascii", "json", "list",
+                              "config"])
+def test_secret_shown_in_any_way_is_redacted(show):
+    shown = show(b9.Secret(MACHINE_TOKEN))
+    assert "set" in shown and f"{len(MACHINE_TOKEN)} char" in shown
+    assert not any(MACHINE_TOKEN[at:at + 4] in shown for at in range(len(MACHINE_TOKEN) - 3))
+
+
+def test_secret_reveal_gives_the_token():
+    assert b9.Secret(MACHINE_TOKEN).reveal() == MACHINE_TOKEN
+
+
+def test_secret_scrub_masks_every_piece_of_8_or_more():
+    secret, size = b9.Secret(MACHINE_TOKEN), len(MACHINE_TOKEN)
+    for start in range(size - 7):
+        for end in range(start + 8, size + 1):
+            line = secret.scrub(f"before {MACHINE_TOKEN[start:end]} after {MACHINE_TOKEN[start:end]}")
+            assert not any(MACHINE_TOKEN[at:at + 8] in line for at in range(size - 7)), (start, end)
+            assert line.startswith("before [redacted]") and " after [redacted]" in line
+
+
+@pytest.mark.parametrize("token", ["abc", "12345678", "a+b/c==d\\e\"f", ".*(x", "k" * 1500],
+                         ids=["short", "eight", "odd", "pattern", "long"])
+def test_secret_scrub_any_token_is_masked(token):
+    assert b9.Secret(token).scrub(f"GET /{token}?") == "GET /[redacted]?"
+
+
+def test_secret_scrub_other_text_stays():
+    assert b9.Secret(MACHINE_TOKEN).scrub("nothing to hide") == "nothing to hide"
+
+
+@pytest.mark.parametrize("kind", list(b9.Kind), ids=lambda kind: kind.name.lower())
+def test_exit_codes_of_refusals_are_those_of_the_help(kind):
+    codes = {b9.Kind.DENIED: 77, b9.Kind.FORBIDDEN: 77, b9.Kind.REFUSED: 78}
+    assert b9.EXIT_CODES.get(kind, 69) == codes.get(kind, 69)
+
+
+# ---- 3 Decisions
+OK, TROUBLE, FORGOTTEN = b9.Kind.OK, b9.Kind.TROUBLE, b9.Kind.FORGOTTEN
+DENIED, FORBIDDEN, REFUSED = b9.Kind.DENIED, b9.Kind.FORBIDDEN, b9.Kind.REFUSED
+REGISTER, KEEPALIVE = b9.REGISTER, b9.KEEPALIVE
+BOTH = (REGISTER, KEEPALIVE)
+LOST = ("Failed to update keepalive: failed to get machine state"
+        f" <provider:machine:generic:gpu:{ID}>: machine not found")
+REGISTERED = {"machine_id": ID, "status": "registered", "pool_name": "gpu", "ttl_seconds": 300}
+READY = REGISTERED | {"status": "ready", "last_keepalive": "1767804357", "agent_version": "0.1.0-python"}
+HTML = b"<html><head><title>502 Bad Gateway</title></head></html>"
+DEEP = b"[" * 20000 + b"]" * 20000
+NEW, CHECK, HEALTH = "beta9 machine create --pool gpu", "--gateway-host", "/api/v1/health"
+RETRY = ["Fri, 31 Dec 1999 23:59:59 GMT", "Sat, 01 Jan 2000 00:00:29 GMT"]
+
+
+def reply(what, call, status, body, kind, *words, headers=None):
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return pytest.param(call, status, headers or {}, body, kind, words, id=f"{call}-{status}-{what}")
+
+
+REPLIES = [
+    # POST /machine/register
+    reply("whole", REGISTER, 200, {"config": None, "machine_state": REGISTERED}, OK),
+    reply("upstream", REGISTER, 200, {"config": None}, OK),
+    reply("bare-object", REGISTER, 200, {}, OK),
+    reply("invalid-payload", REGISTER, 400, {"message": "Invalid payload"}, REFUSED, "--dry-run"),
+    reply("unauthorized", REGISTER, 401, {"message": "Unauthorized"}, DENIED, "Unauthorized", NEW,
+          "database"),
+    reply("wrong-token", REGISTER, 403, {"message": "Invalid token"}, FORBIDDEN, "Invalid token", NEW),
+    reply("pool", REGISTER, 500, {"message": "Invalid pool name"}, REFUSED, "pool gpu", "--pool-name"),
+    reply("cpu", REGISTER, 500, {"message": "Invalid machine cpu value"}, REFUSED, "cpu value", "--dry-run"),
+    reply("memory", REGISTER, 500, {"message": "Invalid machine memory value"}, REFUSED, "--dry-run"),
+    reply("gpus", REGISTER, 500, {"message": "Invalid gpu count"}, REFUSED, "gpu count"),
+    reply("redis", REGISTER, 500, {"message": "Failed to register machine"}, TROUBLE, HEALTH),
+    reply("no-tailscale", REGISTER, 500, {"message": "Unable to create remote config"}, REFUSED, "upstream",
+          "fork"),
+    reply("internal", REGISTER, 500, {"message": "Internal Server Error"}, TROUBLE, HEALTH),
+    reply("not-found", REGISTER, 404, {"message": "Not Found"}, TROUBLE, CHECK),
+    # POST /machine/keepalive
+    reply("whole", KEEPALIVE, 200, {"status": "ok", "machine_state": READY}, OK),
+    reply("no-state", KEEPALIVE, 200, {"status": "ok"}, OK),
+    reply("null-state", KEEPALIVE, 200, {"status": "ok", "machine_state": None}, OK),
+    reply("expired", KEEPALIVE, 500, {"message": LOST}, FORGOTTEN, "register"),
+    reply("redis", KEEPALIVE, 500, {"message": "Failed to update keepalive: failed to set machine state x"},
+          TROUBLE),
+    reply("internal", KEEPALIVE, 500, {"message": "Internal Server Error"}, TROUBLE, HEALTH),
+    reply("required", KEEPALIVE, 400, {"message": "machine_id and pool_name are required"}, REFUSED),
+    reply("invalid-payload", KEEPALIVE, 400, {"message": "Invalid payload"}, REFUSED, "--dry-run"),
+    reply("unauthorized", KEEPALIVE, 401, {"message": "Unauthorized"}, DENIED, NEW),
+    reply("wrong-token", KEEPALIVE, 403, {"message": "Invalid token"}, FORBIDDEN, NEW),
+    reply("no-route", KEEPALIVE, 404, {"message": "Not Found"}, REFUSED, "upstream", "keepalive route",
+          "fork"),
+    reply("html", KEEPALIVE, 404, HTML, TROUBLE, CHECK),
+    # The structured errors, whatever the status
+    *(reply(code, KEEPALIVE, status, {"error_code": code, "message": "m", "suggestion": "s"}, kind)
+      for status in (200, 404, 410, 500) for code, kind in (
+          ("machine_not_found", FORGOTTEN), ("machine_expired", FORGOTTEN), ("invalid_token", DENIED),
+          ("invalid_pool", REFUSED))),
+    *(reply(code, REGISTER, status, {"error_code": code, "message": "m"}, kind)
+      for status in (200, 400, 500) for code, kind in (("invalid_token", DENIED), ("invalid_pool", REFUSED))),
+    reply("unknown-code", KEEPALIVE, 500, {"error_code": "brand_new", "message": "m", "suggestion": "do it"},
+          TROUBLE, "brand_new m do it"),
+    reply("ok-and-error", KEEPALIVE, 200, {"status": "ok", "error_code": "machine_expired"}, FORGOTTEN),
+    # What is no answer of a gateway
+    *(reply(what, call, 200, body, TROUBLE, CHECK) for call in BOTH for what, body in (
+        ("html", HTML), ("list", []), ("null", None), ("text", "ok"), ("number", 1), ("empty", b""),
+        ("deep", DEEP),
+        ("bytes", bytes(range(256))), ("cut-short", b'{"status": "ok"'), ("other-machine", {
+            "status": "ok", "config": None, "machine_state": REGISTERED | {"machine_id": "00000000"}}))),
+    *(reply(what, KEEPALIVE, 200, body, TROUBLE, CHECK) for what, body in (
+        ("no-status", {}), ("not-ok", {"status": "not ok"}), ("true", {"status": True}),
+        ("list", {"status": ["ok"]}),
+        ("health", {"status": "not ok", "error": "redis"}))),
+    *(reply("empty", call, 204, b"", TROUBLE) for call in BOTH),
+    *(reply("ok", call, 201, {"status": "ok"}, TROUBLE) for call in BOTH),
+    *(reply("redirect", call, status, b"", TROUBLE, "https://login.example/", "redirect", CHECK,
+            headers={"Location": "https://login.example/"})
+      for call in BOTH for status in (301, 302, 307, 308)),
+    *(reply("no-location", call, 302, b"", TROUBLE, CHECK) for call in BOTH),
+    *(reply("proxy", call, status, HTML, TROUBLE, HEALTH)
+      for call in BOTH for status in (429, 502, 503, 504)),
+    *(reply("odd-message", call, 500, {"message": odd}, TROUBLE) for call in BOTH for odd in ({}, 1, ["x"])),
+]
+
+
+@pytest.fixture(scope="module")
+def gpu_config():
+    return config_of("--pool-name", "gpu", "--gateway-host", "gw.example")
+
+
+@pytest.mark.parametrize("call, status, headers, body, kind, words", REPLIES)
+def test_classify_answer_means_kind_and_says_what_to_do(call, status, headers, body, kind, words, gpu_config):
+    outcome = b9.classify(call, status, headers, body, ID, gpu_config)
+    assert outcome.kind is kind
+    assert kind is OK or str(status) in outcome.text
+    assert all(word in outcome.text for word in words), outcome.text
+    assert outcome.text.isprintable() and "{pool}" not in outcome.text and "{gateway}" not in outcome.text
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("headers, seconds", [
+    ({}, 0), ({"Retry-After": "7"}, 7), ({"Retry-After": "0"}, 0), ({"Retry-After": "86400"}, 86400),
+    ({"Retry-After": RETRY[1], "Date": RETRY[0]}, 30), ({"Retry-After": RETRY[0], "Date": RETRY[1]}, 0),
+    ({"Retry-After": RETRY[1]}, 0), ({"Retry-After": RETRY[1], "Date": "yesterday"}, 0),
+    ({"Retry-After": RETRY[1].replace("GMT", "-0000"), "Date": RETRY[0]}, 0),
+    ({"Retry-After": "-7"}, 0), ({"Retry-After": "7.5"}, 0), ({"Retry-After": "soon"}, 0),
+    ({"Retry-After": ""}, 0),
+    ({"Retry-After": "Sat, 01 Jan 99999 00:00:00 GMT", "Date": RETRY[0]}, 0)],
+    ids=["none", "seconds", "zero", "a-day", "date", "date-passed", "no-date", "bad-date", "zone-unknown",
+         "negative",
+         "fraction", "garbage", "empty", "year-99999"])
+def test_classify_retry_after_is_seconds_or_nothing(status, headers, seconds, gpu_config):
+    outcome = b9.classify(KEEPALIVE, status, headers, HTML, ID, gpu_config)
+    assert (outcome.kind, outcome.retry_after) == (TROUBLE, seconds)
+
+
+@pytest.mark.parametrize("value", ["9" * 9, "9" * 400, "٣", "²", RETRY[1]],
+                         ids=["large", "huge", "arabic", "two", "date"])
+def test_classify_retry_after_however_large_is_waited_for_within_reason(value, gpu_config):
+    outcome = b9.classify(KEEPALIVE, 503, {"Retry-After": value, "Date": RETRY[0]}, HTML, ID, gpu_config)
+    assert 1060 < b9.lease_after(KEPT, KEEPALIVE, outcome, 1060.0, 60, high).due <= 1060 + 100
+
+
+@pytest.mark.parametrize("status", [200, 500, 502, 301, 404])
+def test_classify_retry_after_of_other_answers_is_ignored(status, gpu_config):
+    assert b9.classify(KEEPALIVE, status, {"Retry-After": "7"}, b"{}", ID, gpu_config).retry_after == 0
+
+
+@pytest.mark.parametrize("call", BOTH)
+@pytest.mark.parametrize("body, ttl", [
+    ("300", 300), ("6", 6), ("4.5", 4.5), ("86400", 86400), (None, None), ("0", None), ("-1", None),
+    ("true", None),
+    ("1e9", None), ('"300"', None), ("null", None), ("NaN", None), ("Infinity", None), ("[300]", None),
+    ("0.5", None), ("1" * 500, None)],
+    ids=["today", "short", "fraction", "day", "missing", "zero", "negative", "true", "huge", "text", "null",
+         "nan",
+         "infinity", "list", "below-1", "long-integer"])
+def test_classify_ttl_seconds_is_believed_only_where_sane(call, body, ttl, gpu_config):
+    state = "{}" if body is None else '{"ttl_seconds": %s}' % body
+    outcome = b9.classify(call, 200, {}, b'{"status": "ok", "machine_state": %s}' % state.encode(), ID,
+                          gpu_config)
+    assert (outcome.kind, outcome.ttl) == (OK, ttl)
+
+
+@pytest.mark.parametrize("call, status, body", [
+    (REGISTER, 500, json.dumps({"message": "\x1b[2J\x1b]0;x\x07\nroot: \r\u202e" + "A" * 9000})),
+    (KEEPALIVE, 200, "\x1b[31m\n<html>" + "A" * 9000),
+    (KEEPALIVE, 500, json.dumps({"error_code": "\x00", "suggestion": "\x9b2J" * 5000}))],
+    ids=["message", "html", "suggestion"])
+def test_classify_hostile_text_is_visible_and_short(call, status, body, gpu_config):
+    plain = b9.classify(call, status, {}, b"{}" if status == 500 else b"", ID, gpu_config).text
+    text = b9.classify(call, status, {}, body.encode(), ID, gpu_config).text
+    assert text.isprintable() and len(text) < len(plain) + 4 * 200
+    assert r"\x" in text
+
+
+def test_classify_hostile_location_is_visible_and_short(gpu_config):
+    text = b9.classify(KEEPALIVE, 302, {"Location": "http://x/\x1b[2J" + "y" * 9000}, b"", ID,
+                       gpu_config).text
+    assert text.isprintable() and r"\x1b[2J" in text and len(text) < 400
+
+
+@pytest.mark.parametrize("status, more", [(200, {}), (200, {"machine_state": {"machine_id": "00000000"}}),
+                                          (500, {}),
+                                          (404, {"message": ""}), (500, {"message": "Invalid pool name"})],
+                         ids=["good", "other-machine", "no-message", "empty-message", "refused"])
+def test_classify_config_in_answer_shows_keys_only(status, more, gpu_config):
+    body = {"config": {"postgres": {"password": "hunter22"}, "s3\x1b": "hunter22"}} | more
+    outcome = b9.classify(REGISTER, status, {}, json.dumps(body).encode(), ID, gpu_config)
+    assert "hunter22" not in outcome.text and "password" not in outcome.text
+    assert "postgres" in outcome.text or more.get("message")
+    assert outcome.text.isprintable()
+
+
+@pytest.mark.parametrize("body", [
+    '{"config": {"a": "hunter22"}}', '[{"config": {"a": "hunter22"}}]', '{"config": {"a": "hunter22"}',
+    '{"config": {"a": "hunter22"}} trailing'], ids=["object", "list", "cut-short", "trailing"])
+def test_format_body_config_values_are_never_shown(body):
+    assert "hunter22" not in b9.format_body(body.encode())
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("plain", "plain"), ("a\nb\r\t", r"a\nb\r\t"), ("\x1b[2J", r"\x1b[2J"), ("\u202egpj", r"\u202egpj"),
+    (7, "7"),
+    ("grün €", "grün €"), ("\ud800", r"\ud800"), (None, "None")])
+def test_visible_control_characters_are_spelled_out(text, shown):
+    assert b9.visible(text) == shown
+
+
+@pytest.mark.parametrize("size", [0, 1, 199, 200, 201, 10 ** 6])
+@pytest.mark.parametrize("letter", ["x", "\x1b"], ids=["plain", "escape"])
+def test_visible_long_text_is_cut_at_its_limit(size, letter):
+    shown = b9.visible(letter * size)
+    assert shown.isprintable() and len(shown) <= 200 * len(b9.visible(letter))
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", DEEP, b"1" * 5000, b"nul"],
+                         ids=["empty", "cut", "bytes", "deep", "long-integer", "word"])
+def test_parse_json_of_no_json_is_none(body):
+    assert b9.parse_json(body) is None
+
+
+def low(least, most):
+    return least
+
+
+def high(least, most):
+    return most
+
+
+@pytest.mark.parametrize("cap", [0.5, 3, 11, 66, 264])
+@pytest.mark.parametrize("failing_for", [0, 1, 4, 30, 60, 3600, 10 ** 6])
+def test_backoff_stays_between_floor_and_ceiling(failing_for, cap):
+    floor, ceiling = b9.backoff(failing_for, cap, low), b9.backoff(failing_for, cap, high)
+    assert ceiling == min(max(4, min(failing_for, 60)), cap)
+    assert 0 < floor == min(1, ceiling / 4)
+
+
+def test_backoff_at_its_cap_stays_jittered():
+    chance = random.Random(7)
+    draws = [b9.backoff(10 ** 6, 66, chance.uniform) for _ in range(2000)]
+    assert min(draws) < 5 and max(draws) > 56 and 28 < sum(draws) / len(draws) < 33
+    assert len(set(draws)) == len(draws)
+
+
+@pytest.mark.parametrize("interval, ttl, beat", [(60, 300, 60), (60, 180, 60), (60, 6, 2), (240, 300, 100),
+                                                 (5, 300, 5)])
+def test_beat_of_is_never_over_a_third_of_the_ttl(interval, ttl, beat):
+    assert b9.beat_of(interval, ttl) == beat
+
+
+@pytest.mark.parametrize("registered, confirmed, ttl, call", [
+    (False, 0, 300, REGISTER), (False, 990, 300, REGISTER), (True, 990, 300, KEEPALIVE),
+    (True, 700, 300, KEEPALIVE),
+    (True, 699, 300, REGISTER), (True, 990, 6, REGISTER)],
+    ids=["new", "forgotten", "kept", "at-the-ttl", "over-the-ttl", "over-a-short-ttl"])
+def test_next_call_registers_where_the_gateway_does_not_know_us(registered, confirmed, ttl, call):
+    lease = b9.Lease(0, ttl=ttl, registered=registered, confirmed=confirmed)
+    assert b9.next_call(lease, 1000) == call
+
+
+def after(lease, call, kind, now, draw=low, interval=60, **more):
+    return b9.lease_after(lease, call, b9.Outcome(kind, **more), now, interval, draw)
+
+
+NEW_LEASE = b9.Lease(1000.0)
+JUST_REGISTERED = b9.Lease(1001.0, registered=True, confirmed=1001.0)
+KEPT = b9.Lease(1060.0, registered=True, kept=True, confirmed=1001.0)
+
+
+def test_lease_after_first_registration_is_kept_alive_at_once():
+    lease = after(NEW_LEASE, REGISTER, OK, 1001.0)
+    assert lease == JUST_REGISTERED and b9.next_call(lease, 1001.0) == KEEPALIVE
+
+
+@pytest.mark.parametrize("draw, due", [(low, 1007), (high, 1061)])
+def test_lease_after_first_keepalive_takes_any_phase(draw, due):
+    lease = after(JUST_REGISTERED, KEEPALIVE, OK, 1001.1, draw)
+    assert lease.due == pytest.approx(due) and lease.kept and lease.confirmed == 1001.1
+
+
+@pytest.mark.parametrize("draw, due", [(low, 1114), (high, 1126)])
+def test_lease_after_keepalive_goes_from_schedule_to_schedule(draw, due):
+    assert after(KEPT, KEEPALIVE, OK, 1069.0, draw).due == pytest.approx(due)
+
+
+@pytest.mark.parametrize("draw, due", [(low, 5054), (high, 5066)])
+def test_lease_after_long_sleep_sends_what_is_overdue_once(draw, due):
+    assert after(KEPT, KEEPALIVE, OK, 5000.0, draw).due == pytest.approx(due)
+
+
+@pytest.mark.parametrize("call", BOTH)
+def test_lease_after_ttl_of_the_answer_is_taken_over(call):
+    lease = after(KEPT, call, OK, 1060.0, high, ttl=6.0)
+    assert lease.ttl == 6 and lease.due <= 1060 + 2.2
+    assert after(lease, KEEPALIVE, OK, 1062.0).ttl == 6
+
+
+@pytest.mark.parametrize("call", BOTH)
+@pytest.mark.parametrize("failing_for, draw, pause", [
+    (None, low, 1), (None, high, 4), (10, high, 10), (50, low, 1), (50, high, 50), (9999, low, 1),
+    (9999, high, 60)])
+def test_lease_after_trouble_backs_off_with_the_outage(call, failing_for, draw, pause):
+    since = None if failing_for is None else 2000.0 - failing_for
+    lease = after(KEPT._replace(failing_since=since), call, TROUBLE, 2000.0, draw)
+    assert lease.due == pytest.approx(2000 + pause)
+    assert lease.failing_since == (2000 if since is None else since)
+    assert (lease.registered, lease.confirmed) == (KEPT.registered, KEPT.confirmed)
+
+
+def test_lease_after_trouble_never_sleeps_over_the_interval():
+    lease = b9.Lease(1060.0, 6.0, True, True, 1050.0, failing_since=100.0)
+    assert after(lease, KEEPALIVE, TROUBLE, 1060.0, high).due == pytest.approx(1060 + 2.2)
+
+
+def test_lease_after_recovery_has_forgotten_the_trouble():
+    lease = after(KEPT._replace(failing_since=1030.0, denied_since=1040.0), KEEPALIVE, OK, 1070.0)
+    assert lease.failing_since is None and lease.denied_since is None
+
+
+def test_lease_after_registration_goes_on_failing_until_kept_alive():
+    failing = NEW_LEASE._replace(failing_since=990.0)
+    assert after(failing, REGISTER, OK, 1001.0).failing_since == 990
+
+
+def test_lease_after_forgotten_registers_at_once():
+    lease = after(KEPT, KEEPALIVE, FORGOTTEN, 1061.0, high)
+    assert lease.due == 1061 and b9.next_call(lease, 1061.0) == REGISTER
+    again = after(lease, REGISTER, OK, 1061.5)
+    assert again.due == 1061.5 and b9.next_call(again, 1061.5) == KEEPALIVE
+
+
+def test_lease_after_forgotten_again_waits_one_interval():
+    lease = after(KEPT, KEEPALIVE, FORGOTTEN, 1061.0)
+    lease = after(lease, REGISTER, OK, 1062.0)
+    lease = after(lease, KEEPALIVE, FORGOTTEN, 1063.0)
+    assert lease.due == 1122 and b9.next_call(lease, 1122.0) == REGISTER
+
+
+@pytest.mark.parametrize("interval", [10, 60])
+def test_lease_with_gateway_that_always_forgets_registers_once_an_interval(interval):
+    lease, now, registrations, draw = b9.Lease(1000.0), 1000.0, [], random.Random(1).uniform
+    while now < 4600:
+        call = b9.next_call(lease, now)
+        registrations += [now] * (call == REGISTER)
+        lease = after(lease, call, OK if call == REGISTER else FORGOTTEN, now + 0.01, draw, interval)
+        now = max(now + 0.01, lease.due)
+    pauses = [later - sooner for sooner, later in zip(registrations[1:], registrations[2:])]
+    assert min(pauses) >= interval and len(registrations) <= 3600 / interval + 2
+
+
+@pytest.mark.parametrize("kind", [DENIED, FORBIDDEN], ids=lambda kind: kind.name.lower())
+def test_lease_after_denied_waits_up_to_the_cap_from_the_first(kind):
+    lease = after(KEPT, KEEPALIVE, kind, 1061.0, high)
+    assert lease.due == 1121 and lease.denied_since == 1061 and lease.registered
+    assert after(KEPT, KEEPALIVE, kind, 1061.0, low).due == 1062
+    lease = after(lease, KEEPALIVE, kind, 1100.0)
+    assert lease.denied_since == lease.failing_since == 1061
+    lease = after(lease, KEEPALIVE, TROUBLE, 1101.0)
+    assert lease.denied_since is None and lease.failing_since == 1061
+
+
+@pytest.mark.parametrize("value, ttl, least, most", [
+    (5, 300, 5, 30), (75, 300, 75, 100), (9999, 300, 75, 100), (9999, 1200, 120, 220), (9999, 6, 1.5, 2)],
+    ids=["short", "quarter", "too-long", "long-ttl", "short-ttl"])
+def test_lease_after_retry_after_is_obeyed_within_reason_and_jittered(value, ttl, least, most):
+    lease = KEPT._replace(ttl=ttl)
+    dues = [after(lease, KEEPALIVE, TROUBLE, 1061.0, draw, retry_after=value).due for draw in (low, high)]
+    assert dues == [pytest.approx(1061 + least), pytest.approx(1061 + most)]
+
+
+@pytest.mark.parametrize("timeout, once, kind, waited, denied_for, code", [
+    (None, False, TROUBLE, 10 ** 6, None, None), (30, False, TROUBLE, 29, None, None),
+    (30, False, TROUBLE, 30, None, 69), (0, False, TROUBLE, 0, None, 69), (None, True, TROUBLE, 0, None, 69),
+    (None, False, FORGOTTEN, 10, None, None), (None, True, FORGOTTEN, 0, None, 69),
+    (None, False, FORBIDDEN, 0, 0, 77), (None, True, FORBIDDEN, 0, 0, 77),
+    (None, False, REFUSED, 0, None, 78),
+    (None, True, REFUSED, 0, None, 78), (None, False, DENIED, 0, 0, None),
+    (None, False, DENIED, 900, 59, None),
+    (None, False, DENIED, 60, 60, 77), (None, True, DENIED, 0, 0, 77), (0, False, DENIED, 0, 0, 77),
+    (30, False, DENIED, 900, 29, None), (30, False, DENIED, 30, 30, 77), (900, False, DENIED, 60, 60, 77)],
+    ids=lambda value: getattr(value, "name", str(value)).lower())
+def test_exit_code_of_failure_before_first_ready(timeout, once, kind, waited, denied_for, code):
+    config = config_of(*["--once"] * once, *([] if timeout is None else ["--startup-timeout", str(timeout)]))
+    lease = b9.Lease(0, denied_since=None if denied_for is None else 5000.0 - denied_for)
+    assert b9.exit_code_of(b9.Outcome(kind), lease, waited, 5000.0, config) == code
+
+
+GPUS = [b9.Gpu("A100", True), b9.Gpu("A100", False), b9.Gpu("", False)]
+METRICS = b9.Metrics(15.5, 42.3, 8000, 32094, 500_000_000_000, 300_000_000_000, 1)
+UNKNOWN = b9.Metrics(None, None, None, None, None, None, 0)
+
+
+@pytest.mark.parametrize("metrics, gpus, argv, offer", [
+    (METRICS, GPUS, [], {"cpu": "8000m", "memory": "32094Mi", "gpu_count": "2"}),
+    (METRICS, GPUS, ["--max-cpu", "6.5", "--max-memory", "16Gi", "--max-gpus", "1"],
+     {"cpu": "6500m", "memory": "16384Mi", "gpu_count": "1"}),
+    (METRICS, GPUS, ["--max-cpu", "64", "--max-memory", "999Gi", "--max-gpus", "8"],
+     {"cpu": "8000m", "memory": "32094Mi", "gpu_count": "2"}),
+    (METRICS, GPUS, ["--max-cpu", "0", "--max-memory", "0Mi", "--max-gpus", "0"],
+     {"cpu": "0m", "memory": "0Mi", "gpu_count": "0"}),
+    (METRICS, [], [], {"cpu": "8000m", "memory": "32094Mi", "gpu_count": "0"}),
+    (METRICS, None, ["--max-gpus", "4"], {"cpu": "8000m", "memory": "32094Mi"}),
+    (UNKNOWN, None, ["--max-cpu", "2", "--max-memory", "1Gi"], {})],
+    ids=["all", "capped", "caps-above", "nothing", "no-gpus", "gpus-unknown", "unknown"])
+def test_offer_of_known_capacity_under_its_caps(metrics, gpus, argv, offer):
+    assert b9.offer_of(metrics, gpus, config_of(*argv)) == offer
+
+
+# Trouble: which lines are written
+def lines_of_a_day(fails):
+    """Lines about trouble and recovery in 24 h, attempt by attempt as the loop would write them."""
+    lease, trouble, chance, lines, now = KEPT, b9.Trouble(), random.Random(3), 0, KEPT.due
+    for attempt in range(10 ** 6):
+        if now > KEPT.due + 86400:
+            break
+        before, kind = lease, TROUBLE if fails(attempt) else OK
+        lease = b9.lease_after(lease, KEEPALIVE, b9.Outcome(kind), now, 60, chance.uniform)
+        if kind is TROUBLE:
+            lines += trouble.fault(now)
+        elif before.failing_since is not None:
+            lines += trouble.recovery()
+        now = lease.due
+    return lines
+
+
+def test_trouble_in_a_day_writes_few_lines():
+    outage, flapping = lines_of_a_day(lambda attempt: True), lines_of_a_day(lambda attempt: attempt % 2)
+    print(f"\nlines in 24 h: outage {outage}, every second attempt fails {flapping}")
+    assert 100 < outage < 200
+    assert 10 < flapping <= outage
+
+
+@pytest.mark.parametrize("period", [2, 3, 5])
+def test_trouble_every_nth_attempt_writes_no_more_than_an_outage(period):
+    assert lines_of_a_day(lambda attempt: attempt % period == 0) <= lines_of_a_day(lambda attempt: True)
+
+
+def test_trouble_writes_1st_2nd_4th_8th_then_every_ten_minutes():
+    trouble = b9.Trouble()
+    assert [n for n in range(1, 20) if trouble.fault(n)] == [1, 2, 4, 8, 16]
+    told = [now for now in range(20, 36000, 20) if trouble.fault(now)]
+    assert 36000 / b9.QUIET - 10 < len(told) < 36000 / b9.QUIET + 10
+    late = [now for now in told if now > 18000]
+    assert all(later - sooner <= 2 * b9.QUIET for sooner, later in zip(late, late[1:]))
+
+
+def test_trouble_after_ten_quiet_minutes_is_new():
+    trouble = b9.Trouble()
+    for now in (1000.0, 1001.0, 1002.0):
+        trouble.fault(now)
+    assert trouble.recovery() and not trouble.recovery()
+    assert trouble.fault(1002.0 + b9.QUIET + 1) and trouble.count == 1
+    assert trouble.since == 1603 and trouble.recovery()
+
+
+def test_trouble_recovery_of_what_was_not_told_is_not_told():
+    trouble = b9.Trouble()
+    assert trouble.fault(1000.0) and trouble.recovery()
+    assert trouble.fault(1010.0) and trouble.recovery()
+    assert not trouble.fault(1020.0) and not trouble.recovery()
+
+
+# The promises of design/reliability, simulated on the functions of this room
+def confirmations(seed, outage, burn=10.0):
+    """Gaps between confirmed keepalives with one outage that begins somewhere in the schedule; s."""
+    chance = random.Random(seed)
+    lease = after(after(b9.Lease(1000.0), REGISTER, OK, 1000.0), KEEPALIVE, OK, 1000.0, chance.uniform)
+    away, confirmed, gaps, now = 1300 + chance.uniform(0, 66), 1000.0, [], lease.due
+    while now < away + outage + 150:
+        assert b9.next_call(lease, now) == KEEPALIVE, "the registration was lost"
+        fails = away <= now < away + outage
+        lease = after(lease, KEEPALIVE, TROUBLE if fails else OK, now + burn * fails, chance.uniform)
+        if not fails:
+            gaps.append(now - confirmed)
+            confirmed = now
+        now = max(now + burn * fails, lease.due)
+    return gaps
+
+
+def test_outage_of_160_s_wherever_it_falls_keeps_the_registration():
+    worst = max(max(confirmations(seed, 160)) for seed in range(1000))
+    print(f"\nlongest time between two confirmed keepalives with an outage of 160 s: {worst:.0f} s")
+    assert 160 < worst < 300
+
+
+@pytest.mark.parametrize("draw", [high, None], ids=["worst", "random"])
+def test_outage_that_burns_10_s_an_attempt_leaves_4_attempts_in_the_ttl(draw):
+    for seed in range(1 if draw else 1000):
+        chance = draw or random.Random(seed).uniform
+        lease, starts = after(KEPT, KEEPALIVE, OK, KEPT.due, high), []
+        while lease.due < lease.confirmed + 300:
+            starts.append(lease.due - lease.confirmed)
+            lease = after(lease, KEEPALIVE, TROUBLE, lease.due + 10, chance)
+        assert len(starts) >= 4, starts
+
+
+class Fleet:
+    """10,000 agents on next_call and lease_after; the gateway answers at once."""
+
+    def __init__(self, seed, starts):
+        self.draw, self.bins, self.ready = random.Random(seed).uniform, {}, {}
+        self.leases = [b9.Lease(start) for start in starts]
+        self.heap = [(start, number) for number, start in enumerate(starts)]
+        self.known, self.age = [-1] * len(starts), 0  # who is known, in which age of the gateway
+        heapq.heapify(self.heap)
+
+    def run(self, until, away=False):
+        """Counts requests in bins of 1 s, and when each agent is ready for the first time in this age."""
+        heap, leases, bins = self.heap, self.leases, self.bins
+        outcomes = {kind: b9.Outcome(kind) for kind in b9.Kind}
+        while heap[0][0] < until:
+            now, number = heap[0]
+            lease = leases[number]
+            call, kind = b9.next_call(lease, now), OK
+            bins[int(now)] = bins.get(int(now), 0) + 1
+            if away:
+                kind = TROUBLE
+            elif call == REGISTER:
+                self.known[number] = self.age
+            elif self.known[number] != self.age:
+                kind = FORGOTTEN
+            else:
+                self.ready.setdefault(number, now)
+            leases[number] = b9.lease_after(lease, call, outcomes[kind], now, 60, self.draw)
+            heapq.heapreplace(heap, (leases[number].due, number))
+
+    def peak(self, start, end):
+        return max(self.bins.get(second, 0) for second in range(int(start), int(end)))
+
+
+def test_fleet_started_together_is_spread_in_the_second_minute():
+    fleet = Fleet(1, [1000.0] * 10_000)
+    fleet.run(1120)
+    peak = fleet.peak(1060, 1120)
+    print(f"\n10,000 started together: peak in the second minute {peak} requests/s, steady are 167")
+    assert len(fleet.ready) == 10_000 and peak < 2.5 * 167
+
+
+@pytest.mark.parametrize("spread, warm_up", [(60, 150), (0, 600)], ids=["evenly", "together"])
+def test_fleet_forgotten_in_an_outage_of_600_s_returns_without_a_stampede(spread, warm_up):
+    starts = random.Random(2)
+    fleet = Fleet(3, [1000 + starts.uniform(0, spread) for _ in range(10_000)])
+    away, back = 1000.0 + warm_up, 1600.0 + warm_up
+    fleet.run(away)
+    fleet.run(back, away=True)
+    fleet.age, fleet.ready = 1, {}
+    fleet.run(back + 75)
+    peak, ready = fleet.peak(back, back + 75), sorted(fleet.ready.values())[9899] - back
+    print(f"\n10,000 started over {spread} s, gateway away 600 s: peak {peak} requests/s,"
+          f" 99 % ready after {ready:.0f} s")
+    assert peak < 750 and ready <= 60
+
+
+# ---- 4 Wire shapes and texts
+# JSON keys and types, transcribed from gateway-api.md; ? marks what may be missing
+NUMBER, INTEGER, STRING = (int, float), (int,), (str,)
+REGISTER_FIELDS = dict.fromkeys(("token", "machine_id", "hostname", "provider_name", "pool_name", "cpu",
+                                 "memory",
+                                 "gpu_count", "private_ip"), STRING)
+METRIC_FIELDS = {"cpu_utilization_pct?": NUMBER, "memory_utilization_pct?": NUMBER,
+                 "total_cpu_available?": INTEGER,
+                 "total_memory_available?": INTEGER, "total_disk_space_bytes?": INTEGER,
+                 "total_disk_free_bytes?": INTEGER, "free_gpu_count": INTEGER, "worker_count?": INTEGER}
+KEEPALIVE_FIELDS = {"machine_id": STRING, "provider_name": STRING, "pool_name": STRING,
+                    "agent_version": STRING,
+                    "metrics": METRIC_FIELDS}
+STATE_FIELDS = {"machine_id": STRING, "status": STRING, "pool_name": STRING, "ttl_seconds": INTEGER}
+REGISTERED_FIELDS = {"config": (type(None), dict), "machine_state": STATE_FIELDS}
+READY_FIELDS = {"status": STRING, "machine_state": STATE_FIELDS | {
+    "last_keepalive?": STRING, "last_worker_seen?": STRING, "agent_version?": STRING}}
+ERROR_FIELDS = {"message": STRING}
+
+
+def check_shape(value, fields):
+    assert type(value) is dict and set(value) <= {key.rstrip("?") for key in fields}
+    for key, types in fields.items():
+        if key.endswith("?") and key[:-1] not in value:
+            continue
+        found = value[key.rstrip("?")]
+        if isinstance(types, dict):
+            check_shape(found, types)
+        else:
+            assert type(found) in types, (key, found)
+
+
+def sent(payload):
+    """As it leaves the machine."""
+    return json.loads(json.dumps(payload, default=b9.Secret.reveal))
+
+
+@pytest.mark.parametrize("argv, hostname, token", [
+    ([], f"machine-{ID}", ""), (["--hostname", "100.100.74.117", "--k3s-token", K3S_TOKEN], "100.100.74.117",
+                                K3S_TOKEN)],
+    ids=["bare", "with-k3s"])
+def test_register_payload_is_what_the_gateway_reads(argv, hostname, token):
+    config = config_of("--pool-name", "gpu", *argv)
+    payload = sent(b9.register_payload(config, ID, b9.offer_of(METRICS, GPUS, config), "10.0.0.7"))
+    check_shape(payload, REGISTER_FIELDS)
+    assert payload == {"token": token, "machine_id": ID, "hostname": hostname, "provider_name": "generic",
+                       "pool_name": "gpu", "cpu": "8000m", "memory": "32094Mi", "gpu_count": "2",
+                       "private_ip": "10.0.0.7"}
+
+
+@pytest.mark.parametrize("metrics", [METRICS, UNKNOWN], ids=["known", "unknown"])
+def test_keepalive_payload_is_what_the_gateway_reads(metrics):
+    payload = sent(b9.keepalive_payload(config_of("--pool-name", "gpu", "--provider-name", "aws"), ID,
+                                        metrics))
+    check_shape(payload, KEEPALIVE_FIELDS)
+    assert payload["agent_version"] == f"{b9.VERSION}-python"
+    assert (payload["machine_id"], payload["pool_name"], payload["provider_name"]) == (ID, "gpu", "aws")
+    assert None not in payload["metrics"].values() and "free_gpu_count" in payload["metrics"]
+
+
+def test_keepalive_payload_unknown_metrics_are_left_out():
+    assert b9.keepalive_payload(config_of(), ID, UNKNOWN)["metrics"] == {"free_gpu_count": 0}
+
+
+def test_payloads_hold_no_machine_token():
+    config = config_of("--k3s-token", K3S_TOKEN)
+    for payload in (b9.register_payload(config, ID, {}, ""), b9.keepalive_payload(config, ID, METRICS)):
+        assert MACHINE_TOKEN not in json.dumps(sent(payload))
+        assert K3S_TOKEN not in json.dumps(payload, default=str)
+
+
+def test_format_offer_names_all_three():
+    text = b9.format_offer({"cpu": "8000m", "memory": "32094Mi", "gpu_count": "2"})
+    assert "8000m" in text and "32094Mi" in text and "2 GPU" in text
+
+
+# ---- 5 Configuration
+OPTIONS = {option.name: option for option in b9.OPTIONS}
+FLAGS_ONLY = {"once", "dry_run", "dev", "version"}
+GOOD = {  # a text and its value
+    "token": (MACHINE_TOKEN, MACHINE_TOKEN), "machine_id": ("ABCDEF01", "abcdef01"),
+        "pool_name": ("my gpus", "my gpus"),
+    "provider_name": ("aws", "aws"), "hostname": ("box-1.tail.net", "box-1.tail.net"),
+        "k3s_token": (K3S_TOKEN, K3S_TOKEN),
+    "gateway_host": ("gw.example.com", "gw.example.com"), "gateway_port": ("31994", 31994),
+    "private_ip": ("10.1.2.3", "10.1.2.3"), "max_cpu": ("6.5", 6500), "max_memory": ("48Gi", 49152),
+    "max_gpus": ("2", 2), "state_dir": ("/x/y", "/x/y"), "keepalive_interval": ("0.5", 0.5),
+    "startup_timeout": ("0", 0.0), "debug": ("yes", True)}
+FROM_FILES = {"token_file", "k3s_token_file", "config"}  # these name files, see below
+BAD = {
+    "token": ["two words", "new\nline", "\x1b[2J", "tökén", " lead"],
+    "k3s_token": ["two words", "a\r\n", "é"],
+    "machine_id": ["1165a9b", "1165a9b60", "1165a9bg", "0x1165a9", "1165a9b6\n", "١٢٣٤٥٦٧٨"],
+    "pool_name": [" ", "a\nb", "\x1b[2J"], "provider_name": [" x", "a\tb"],
+    "hostname": ["http://x", "x:6443", "x/y", "a b", "-x", "x" * 300, "fe80::1%eth0"],
+    "gateway_host": ["https://gw", "gw:1994", "gw/api", "user@gw", "gw\n", "[::1]:1994"],
+    "gateway_port": ["0", "65536", "-1", "19.5", "http", "1e3", "99999999999", "١٩٩٤"],
+    "private_ip": ["10.0.0.300", "box", "10.0.0.0/8", "1"], "max_cpu": ["-1", "six", "1e3", "nan", "8000m"],
+    "max_memory": ["48", "48G", "1.5Gi", "48gb", "-1Gi", "Gi"], "max_gpus": ["-1", "1.5", "all"],
+    "state_dir": [" ", "a\nb"], "keepalive_interval": ["0", "0.05", "241", "-1", "nan", "inf", "1e2", "60s"],
+    "startup_timeout": ["-1", "soon", "inf", "10m"], "debug": ["2", "maybe", "yess"]}
+
+
+def value_of(config, name):
+    value = getattr(config, name)
+    return value.reveal() if isinstance(value, b9.Secret) else value
+
+
+def write_json(path, name, text):
+    head, _, tail = OPTIONS[name].key.partition(".")
+    path.write_text(json.dumps({head: {tail: text} if tail else text}))
+    return str(path)
+
+
+def test_options_good_and_bad_values_cover_the_table():
+    named = set(OPTIONS) - FLAGS_ONLY - FROM_FILES
+    assert named == set(GOOD) == set(BAD)
+
+
+@pytest.mark.parametrize("source", ["flag", "variable", "file"])
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "debug"])
+def test_option_is_read_from_each_source(name, source, tmp_path):
+    option, (text, value) = OPTIONS[name], GOOD[name]
+    path = write_json(tmp_path / "c.json", name, text)
+    argv, env = {"flag": ([option.flag, text], {}), "variable": ([], {option.variable: text}),
+                 "file": (["--config", path], {})}[source]
+    env |= {} if name == "token" else {"BETA9_TOKEN": MACHINE_TOKEN}
+    config, problems = settings_of(*argv, env=env)
+    assert problems == [] and value_of(config, name) == value
+    assert config.sources[name] == {"flag": option.flag, "variable": option.variable, "file": path}[source]
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "debug"])
+def test_option_precedence_is_flag_variable_file_default(name, tmp_path):
+    option, (text, value) = OPTIONS[name], GOOD[name]
+    other = {"machine_id": "00000001", "private_ip": "10.9.9.9", "max_memory": "1Gi"}.get(name, "7")
+    base = {} if name == "token" else {"BETA9_TOKEN": MACHINE_TOKEN}
+    right, wrong = write_json(tmp_path / "right", name, text), write_json(tmp_path / "wrong", name, other)
+    default = b9.build_config(b9.read_settings([], dict(base)))[0]
+    if option.default is None:
+        assert name not in default.sources or name == "token" and not base
+    else:
+        assert default.sources[name] == "default" and value_of(default, name) != value
+    over = [(["--config", right], {}), (["--config", wrong], {option.variable: text}),
+            (["--config", wrong, option.flag, text], {option.variable: other}),
+            ([option.flag, text], {option.variable: other, "BETA9_CONFIG": wrong})]
+    for argv, env in over:
+        config, problems = settings_of(*argv, env=base | env)
+        assert problems == [] and value_of(config, name) == value, (argv, env)
+
+
+@pytest.mark.parametrize("text, value", [("1", True), ("true", True), ("YES", True), ("On", True),
+                                         ("0", False),
+                                         ("false", False), ("No", False), ("off", False), ("", False)])
+def test_debug_variable_means_what_it_says(text, value):
+    assert config_of(env={"BETA9_DEBUG": text}).debug is value
+    assert config_of("--debug", env={"BETA9_DEBUG": text}).debug is True
+
+
+@pytest.mark.parametrize("written, value", [("true", True), ("false", False), ("1", True), ('"off"', False)])
+def test_debug_in_json_means_what_it_says(written, value, tmp_path):
+    (tmp_path / "c.json").write_text('{"debug": %s}' % written)
+    assert config_of("--config", str(tmp_path / "c.json")).debug is value
+
+
+@pytest.mark.parametrize("name", sorted(FLAGS_ONLY))
+def test_one_time_switches_have_no_variable(name):
+    assert OPTIONS[name].variable == "" and getattr(config_of(), name) is False
+    assert getattr(config_of(OPTIONS[name].flag), name) is True
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "token"])
+def test_option_empty_variable_is_unset(name):
+    assert value_of(config_of(env={OPTIONS[name].variable: ""}), name) == value_of(config_of(), name)
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "debug"])
+def test_option_empty_flag_is_a_problem(name):
+    config, problems = settings_of(OPTIONS[name].flag, "", env={OPTIONS[name].variable: GOOD[name][0]})
+    assert any(OPTIONS[name].flag in problem for problem in problems)
+
+
+@pytest.mark.parametrize("name, text", [(name, text) for name, texts in BAD.items() for text in texts],
+                         ids=lambda value: ascii(value)[1:-1][:20])
+def test_option_bad_value_names_option_and_source(name, text):
+    option = OPTIONS[name]
+    env = {"BETA9_TOKEN": MACHINE_TOKEN} | {option.variable: text}
+    for argv in [[], [option.flag + "=" + text]][:1 if name == "debug" else 2]:
+        _, problems = settings_of(*argv, env=dict(env))
+        assert len(problems) == 1 and option.flag in problems[0] and option.help in problems[0]
+        source = option.flag if argv else option.variable
+        assert source in problems[0].partition(option.help)[0].removeprefix(option.flag)
+        assert problems[0].isprintable()
+        assert (repr(text)[1:-1][:30] in problems[0]) == (name not in b9.SECRETS) or not text.isprintable()
+
+
+def test_problems_are_all_found_at_once():
+    _, problems = settings_of("--gateway-port", "0", "--machine-id", "x", "--token", "a b")
+    assert len(problems) == 3
+
+
+def test_token_missing_says_how_to_get_one():
+    _, problems = settings_of("--pool-name", "gpu")
+    assert len(problems) == 1 and "--token" in problems[0]
+    assert "beta9 machine create --pool gpu" in problems[0]
+
+
+def test_token_for_dev_is_made_up():
+    config, problems = settings_of("--dev")
+    assert problems == [] and len(config.token.reveal()) >= 16
+
+
+@pytest.mark.parametrize("argv", [
+    ["--token", "SECRET two"], ["--k3s-token", "SECRET\nx"], ["--tokn", "SECRET"], ["--tokn=SECRET"],
+    ["SECRET"],
+    ["--debug=SECRET"], ["--once=SECRET"], ["--token", "good", "SECRET"], ["--token"], ["--tok", "SECRET"],
+    ["--token", "--SECRET"][:1], ["--pool-name", "gpu", "SECRET", "--once"]],
+    ids=["token", "k3s", "typo", "typo-equals", "word", "switch", "once", "second-word", "no-value",
+         "abbreviated",
+         "dashes", "word-between"])
+def test_bad_command_line_never_shows_a_value(argv):
+    try:
+        _, problems = settings_of(*argv)
+    except b9.AgentError as error:
+        problems = [str(error)]
+        assert error.code == 2 and "--help" in str(error)
+    assert problems and "SECRET" not in " ".join(problems)
+
+
+def test_tokens_leave_the_environment():
+    env = {"BETA9_TOKEN": "from-the-variable", "BETA9_K3S_TOKEN": K3S_TOKEN, "BETA9_POOL_NAME": "gpu",
+           "PATH": "/bin"}
+    b9.read_settings(["--token", MACHINE_TOKEN], env)
+    assert env == {"BETA9_POOL_NAME": "gpu", "PATH": "/bin"}
+
+
+@pytest.mark.parametrize("written", [
+    "machine_id: 00000001\ngateway:\n  host: gw\n  port: 1995\nkeepalive_interval: 30\ndebug: on\n",
+    "---\nmachine_id: 00000001\ngateway.host: gw\ngateway.port: 1995\nkeepalive_interval: 30\ndebug: yes\n",
+    '{"machine_id": "00000001", "gateway": {"host": "gw", "port": 1995},\n'
+    '"keepalive_interval": 30, "debug": true}'],
+    ids=["yaml", "yaml-dotted", "json"])
+def test_config_file_values_stay_as_written(written, tmp_path):
+    (tmp_path / "agent.yaml").write_text(written)
+    config = config_of(env={"BETA9_CONFIG": str(tmp_path / "agent.yaml")})
+    assert (config.machine_id, config.gateway,
+            config.keepalive_interval) == ("00000001", "http://gw:1995", 30)
+    assert config.debug is True and config.sources["gateway_port"] == str(tmp_path / "agent.yaml")
+
+
+@pytest.mark.parametrize("written", ["", "# nothing\n", "{}", "gateway:\n", "pool_name:\n",
+                                     '{"gateway": null}'])
+def test_config_file_with_nothing_in_it_changes_nothing(written, tmp_path):
+    (tmp_path / "c").write_text(written)
+    assert config_of("--config", str(tmp_path / "c")).pool_name == "external"
+
+
+@pytest.mark.parametrize("written, key, meant", [
+    ("pool: gpu", "pool", "pool_name"), ("gateway:\n  prot: 1", "gateway.prot", "gateway.port"),
+    ("gateway_host: x", "gateway_host", "gateway.host"), ('{"machine-id": "00000001"}', "machine-id",
+                                                          "machine_id"),
+    ("config: other.yaml", "config", ""), ("dev: true", "dev", "")])
+def test_config_file_unknown_key_suggests_the_nearest(written, key, meant, tmp_path):
+    (tmp_path / "c").write_text(written)
+    with pytest.raises(b9.AgentError, match=rf"unknown key {re.escape(key)}.*{re.escape(meant)}") as raised:
+        config_of("--config", str(tmp_path / "c"))
+    assert raised.value.code == 2
+
+
+@pytest.mark.parametrize("written, line", [
+    ("token: SECRET\npool_name: [gpu\n", 3), ("token: SECRET\n\tpool: x\n", 2),
+    ('{"token": "SECRET",\n "pool"}', 2),
+    ("token: !!python/object:os.system SECRET: x", 1), ("SECRET", None), ("- SECRET", None),
+    ("gateway: SECRET", None),
+    ('{"gateway": ["SECRET"]}', None), ("a: &SECRET [*SECRET, *OTHER]", 1)],
+    ids=["yaml", "yaml-tab", "json", "yaml-colon", "text", "list", "gateway-text", "gateway-list", "alias"])
+def test_config_file_broken_gives_the_line_and_no_content(written, line, tmp_path):
+    (tmp_path / "c").write_text(written)
+    with pytest.raises(b9.AgentError) as raised:
+        config_of("--config", str(tmp_path / "c"))
+    assert raised.value.code == 2 and "SECRET" not in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert line is None or f"line {line}" in str(raised.value)
+
+
+@pytest.mark.parametrize("written", ["pool_name: [SECRET]", "pool_name:\n  SECRET: x", "token:\n- SECRET",
+                                     '{"token": ["SECRET"]}', '{"pool_name": {"a": 1}}',
+                                     "".join(f"k{n}: &k{n} [" + f"*k{n - 1}, " * 9 * (n > 0) + "x]\n"
+                                             for n in range(7))])
+def test_config_file_list_where_a_text_belongs_is_refused(written, tmp_path):
+    (tmp_path / "c").write_text(written)
+    try:
+        _, problems = settings_of("--config", str(tmp_path / "c"), env={"BETA9_K3S_TOKEN": "x"})
+    except b9.AgentError as error:
+        problems = [str(error)]
+    problems = [problem for problem in problems if "is missing" not in problem]
+    assert problems and "SECRET" not in " ".join(problems)
+
+
+def test_config_file_json_needs_no_yaml(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    (tmp_path / "c").write_text(' \n{"pool_name": "gpu"}')
+    assert config_of("--config", str(tmp_path / "c")).pool_name == "gpu"
+    (tmp_path / "c").write_text("pool_name: gpu")
+    with pytest.raises(b9.AgentError, match="(?i)pyyaml") as raised:
+        config_of("--config", str(tmp_path / "c"))
+    assert raised.value.code == 1
+
+
+@pytest.mark.parametrize("name", b9.SECRETS)
+@pytest.mark.parametrize("data", [b"%s", b"%s\n", b"%s\r\n", b"%s\n\n"],
+                         ids=["bare", "line", "crlf", "lines"])
+def test_token_file_line_end_is_dropped(name, data, tmp_path):
+    (tmp_path / "t").write_bytes(data % K3S_TOKEN.encode())
+    env = {} if name == "token" else {"BETA9_TOKEN": MACHINE_TOKEN}
+    for argv, more in (([OPTIONS[name + "_file"].flag, str(tmp_path / "t")], {}),
+                       ([], {OPTIONS[name + "_file"].variable: str(tmp_path / "t")})):
+        config, problems = settings_of(*argv, env=env | more)
+        assert problems == [] and value_of(config, name) == K3S_TOKEN
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"SECRET\0", b"\xff\xfeSECRET", b"SECRET" * 20000,
+                                  b"SECRET\nSECRET",
+                                  b" SECRET", None, ...],
+                         ids=["empty", "blank", "nul", "no-utf8", "large", "two-lines", "space", "missing",
+                              "folder"])
+def test_token_file_that_will_not_do_is_named(data, tmp_path):
+    path = tmp_path / "the-file"
+    if data is ...:
+        path.mkdir()
+    elif data is not None:
+        path.write_bytes(data)
+    _, problems = settings_of("--token-file", str(path))
+    assert len(problems) == 1 and "token_file" in problems[0] and str(path) in problems[0]
+    assert "SECRET" not in problems[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_token_file_unreadable_is_named(tmp_path):
+    (tmp_path / "t").write_text("SECRET")
+    (tmp_path / "t").chmod(0)
+    _, problems = settings_of("--token-file", str(tmp_path / "t"))
+    assert len(problems) == 1 and "permission" in problems[0].lower()
+
+
+def test_token_file_dash_is_standard_input():
+    code = ("import beta9_agent as b9\n"
+            "config, problems = b9.build_config(b9.read_settings(['--token-file', '-'], {}))\n"
+            "print(problems, config.token.reveal())")
+    done = subprocess.run([sys.executable, "-c", code], input=MACHINE_TOKEN + "\n", capture_output=True,
+                          text=True,
+                          env=os.environ | {"PYTHONPATH": str(SOURCE.parent)}, timeout=60)
+    assert done.stdout == f"[] {MACHINE_TOKEN}\n", done.stderr
+
+
+@pytest.mark.parametrize("name", b9.SECRETS)
+def test_token_and_token_file_together_are_a_problem(name, tmp_path):
+    (tmp_path / "t").write_text(K3S_TOKEN)
+    env = {OPTIONS[name].variable: K3S_TOKEN} | ({} if name == "token" else {"BETA9_TOKEN": MACHINE_TOKEN})
+    _, problems = settings_of(OPTIONS[name + "_file"].flag, str(tmp_path / "t"), env=env)
+    assert len(problems) == 1 and K3S_TOKEN not in problems[0]
+    assert OPTIONS[name].variable in problems[0] and OPTIONS[name + "_file"].flag in problems[0]
+
+
+def test_tailscale_and_flux_options_are_taken_with_a_notice_without_values(log_lines):
+    argv = [part for flag in b9.UNUSED for part in (flag, "SECRET")]
+    config = config_of("--machine-id", ID, "--pool-name", "gpu", "--provider-name", "generic", *argv)
+    assert config.machine_id == ID and len(b9.UNUSED) == 5
+    assert all(flag in " ".join(log_lines) for flag in b9.UNUSED) and "SECRET" not in " ".join(log_lines)
+
+
+@pytest.mark.parametrize("host, url", [("gw", "http://gw:1994"), ("fd7a::1", "http://[fd7a::1]:1994"),
+                                       ("[fd7a::1]", "http://[fd7a::1]:1994"), ("::1", "http://[::1]:1994"),
+                                       ("::ffff:10.0.0.1", "http://[::ffff:10.0.0.1]:1994")])
+def test_gateway_url_of_any_host_is_whole(host, url):
+    assert config_of("--gateway-host", host).gateway == url
+
+
+def test_help_shows_groups_flags_variables_and_defaults():
+    text = b9.build_parser().format_help()
+    assert all(f"{group}:" in text for group in (b9.IDENTITY, b9.GATEWAY, b9.MACHINE, b9.BEHAVIOUR))
+    flags = [option.flag for option in b9.OPTIONS] + b9.UNUSED
+    assert [flag for flag in flags if f"{flag} " not in text] == []
+    assert [option.name for option in b9.OPTIONS if option.variable and not re.search(
+        rf"\b{option.variable}\b", text)] == []
+    flat = " ".join(text.split())
+    assert [option.name for option in b9.OPTIONS if option.default and option.default not in flat] == []
+
+
+# ---- 6 Machine facts (stub NVML)
+NVML_C = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+/* Says what the file named by NVML_STUB says at each call: "INIT HANG GPUS", GPUS being a letter for
+   each GPU (. free, b busy, x lost, ? no answer about its processes) or - for none. */
+static __thread int init_code, hang; static __thread char gpus[65];
+static void look(void) {
+    FILE *file = fopen(getenv("NVML_STUB"), "r");
+    init_code = hang = 0; gpus[0] = 0;
+    if (file) { if (fscanf(file, "%d %d %64[.bx?]", &init_code, &hang, gpus) < 3) gpus[0] = 0; fclose(file); }
+}
+int nvmlInitWithFlags(unsigned flags) { do look(); while (hang && !usleep(20000)); return init_code; }
+int nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
+int nvmlShutdown(void) { return 0; }
+const char *nvmlErrorString(int code) { return "stub error"; }
+int nvmlDeviceGetCount_v2(unsigned *count) { look(); *count = strlen(gpus); return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
+    look();
+    if (index >= strlen(gpus)) return 2;
+    *device = (void *)(long)(index + 1);
+    return gpus[index] == 'x' ? 15 : 0;
+}
+int nvmlDeviceGetName(void *device, char *name, unsigned size) {
+    snprintf(name, size, "NVIDIA Stub %ld", (long)device - 1);
+    return 0;
+}
+int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, void *processes) {
+    look();
+    if (gpus[(long)device - 1] == '?') return 999;
+    if (gpus[(long)device - 1] != 'b') { *count = 0; return 0; }
+    if (!processes) { *count = 1; return 7; }
+    memset(processes, 0, 24); *count = 1; return 0;
+}
+int nvmlDeviceGetComputeRunningProcesses_v2(void *device, unsigned *count, void *processes) {
+    return nvmlDeviceGetComputeRunningProcesses_v3(device, count, processes);
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def nvml_stub(tmp_path_factory):
+    """A folder with a libnvidia-ml.so.1 for LD_LIBRARY_PATH; see write_gpus."""
+    if not shutil.which("cc"):
+        pytest.skip("no cc to compile the stub with")
+    folder = tmp_path_factory.mktemp("nvml")
+    (folder / "stub.c").write_text(NVML_C)
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", folder / "libnvidia-ml.so.1", folder / "stub.c"],
+                   check=True)
+    return folder
+
+
+def write_gpus(control, gpus="", init=0, hang=False):
+    """What the stub says from now on, in processes that run too."""
+    new = control.with_suffix(".new")
+    new.write_text(f"{init} {int(hang)} {gpus or '-'}\n")
+    os.replace(new, control)
+
+
+def stub_environment(nvml_stub, control):
+    return os.environ | {"LD_LIBRARY_PATH": str(nvml_stub), "NVML_STUB": str(control),
+                         "PYTHONPATH": str(SOURCE.parent)}
+
+
+def run_python(code, env=None, **more):
+    done = subprocess.run([sys.executable, "-c", "import beta9_agent as b9\n" + code], capture_output=True,
+                          text=True,
+                          env=env or os.environ | {"PYTHONPATH": str(SOURCE.parent)}, timeout=60, **more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def has_driver():
+    try:
+        return bool(ctypes.CDLL("libnvidia-ml.so.1"))
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("gpus, init, listed", [
+    ("", 0, []), (".b", 0, [("NVIDIA Stub 0", True), ("NVIDIA Stub 1", False)]),
+    (".x.", 0, [("NVIDIA Stub 0", True), ("", False), ("NVIDIA Stub 2", True)]), ("?", 0, [("", False)]),
+    ("..", 9, []), ("..", 999, None), ("..", 18, None), ("..", 4, None)],
+    ids=["none", "one-busy", "one-lost", "one-silent", "driver-not-loaded", "unknown-error",
+         "version-mismatch",
+         "no-permission"])
+def test_list_gpus_of_a_driver_says_what_it_knows(gpus, init, listed, nvml_stub, tmp_path):
+    write_gpus(tmp_path / "control", gpus, init)
+    code = "gpus = b9.list_gpus()\nprint(gpus and [tuple(gpu) for gpu in gpus])"
+    assert ast.literal_eval(run_python(code, stub_environment(nvml_stub, tmp_path / "control"))) == listed
+
+
+def test_list_gpus_asked_again_sees_what_changed(nvml_stub, tmp_path):
+    control = tmp_path / "control"
+    write_gpus(control, "..")
+    code = ("import os\nprint(len(b9.list_gpus()))\nopen(os.environ['NVML_STUB'], 'w').write('0 0 .')\n"
+            "print(len(b9.list_gpus()))\nopen(os.environ['NVML_STUB'], 'w').write('999 0 .')\n"
+            "print(b9.list_gpus())")
+    assert run_python(code, stub_environment(nvml_stub, control)).split() == ["2", "1", "None"]
+
+
+def test_sample_with_lost_gpu_offers_the_others_and_counts_free_ones(nvml_stub, tmp_path):
+    write_gpus(tmp_path / "control", ".bx")
+    code = ("metrics, gpus = b9.Host().sample()\n"
+            "config, _ = b9.build_config(b9.read_settings(['--token', 'x'], {}))\n"
+            "print(metrics.free_gpu_count, b9.offer_of(metrics, gpus, config)['gpu_count'])")
+    assert run_python(code, stub_environment(nvml_stub, tmp_path / "control")) == "1 2"
+
+
+def test_sample_with_driver_that_hangs_is_unknown_until_it_answers(nvml_stub, tmp_path):
+    control = tmp_path / "control"
+    write_gpus(control, "..", hang=True)
+    code = ("import os, threading, time\nhost = b9.Host()\n"
+            "for _ in range(3):\n    metrics, gpus = host.sample()\n"
+            "    assert gpus is None and metrics.free_gpu_count == 0\n"
+            "tasks = lambda: len(os.listdir('/proc/self/task'))\n"
+            "for _ in range(250):\n    if tasks() > 2:\n        time.sleep(0.02)\nthreads = tasks()\n"
+            "open(os.environ['NVML_STUB'], 'w').write('0 0 ..')\n"
+            "while tasks() > 1:\n    time.sleep(0.02)\n"
+            "print(threads, len(host.sample()[1]))")
+    assert run_python(code, stub_environment(nvml_stub, control)) == "2 2", "stuck questions pile up"
+
+
+@pytest.mark.skipif(has_driver(), reason="this machine has a driver")
+def test_list_gpus_without_a_driver_is_empty_and_imports_no_binding():
+    assert run_python("import sys\nprint(b9.list_gpus(), 'pynvml' in sys.modules)") == "[] False"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no NVIDIA GPU")
+def test_list_gpus_of_real_cards_is_what_nvidia_smi_says():
+    said = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
+                          text=True,
+                          check=True, timeout=60).stdout.split("\n")
+    names = [name.strip() for name in said if name.strip()]
+    assert names and ast.literal_eval(run_python("print([gpu.name for gpu in b9.list_gpus()])")) == names
+
+
+def test_sample_of_this_host_is_sane():
+    host = b9.Host()
+    host.sample()
+    metrics, gpus = host.sample()
+    assert 0 <= metrics.cpu_utilization_pct <= 100 and 0 < metrics.memory_utilization_pct <= 100
+    assert metrics.total_cpu_available == psutil.cpu_count() * 1000
+    assert metrics.total_memory_available == psutil.virtual_memory().total // 2 ** 20
+    assert metrics.total_disk_space_bytes == psutil.disk_usage("/").total
+    assert 0 < metrics.total_disk_free_bytes <= metrics.total_disk_space_bytes
+    assert 0 <= metrics.free_gpu_count <= len(gpus or ())
+
+
+def test_sample_of_this_host_has_the_types_the_gateway_wants():
+    payload = b9.keepalive_payload(config_of(), ID, b9.Host().sample()[0])
+    check_shape(sent(payload), KEEPALIVE_FIELDS)
+    assert set(payload["metrics"]) == {key.rstrip("?") for key in METRIC_FIELDS} - {"worker_count"}
+
+
+def test_read_clock_goes_forward():
+    first, second = b9.read_clock(), b9.read_clock()
+    assert 0 < first <= second
+
+
+def test_find_private_ip_given_is_taken():
+    assert b9.find_private_ip(config_of("--private-ip", "10.1.2.3")) == "10.1.2.3"
+
+
+@pytest.mark.parametrize("gateway", ["localhost", "127.0.0.1", "::1", "10.255.255.1", "999.1.1.1"])
+def test_find_private_ip_is_an_address_others_can_reach_or_nothing(gateway):
+    found = b9.find_private_ip(config_of("--gateway-host", gateway))
+    mine = {entry.address.split("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
+    assert found == "" or found in mine
+    address = ipaddress.ip_address(found or "10.0.0.1")
+    assert not address.is_loopback and not address.is_link_local
+
+
+def test_call_within_answers_and_passes_errors_on():
+    assert b9.call_within(30, lambda: 7) == 7
+    with pytest.raises(KeyError):
+        b9.call_within(30, lambda: {}["x"])
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0, -1])
+def test_call_within_deadline_ends_what_swallows_exceptions(seconds):
+    def stubborn():
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:
+                pass
+
+    with pytest.raises(TimeoutError):
+        b9.call_within(seconds, stubborn)
+    assert b9.call_within(30, lambda: 7) == 7
+
+
+def test_aside_answers_one_question_after_the_other():
+    aside = b9.Aside()
+    assert [aside.ask(lambda number=number: number) for number in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [OSError("no disk"), UnicodeError("label too long"), ValueError("odd")],
+                         ids=lambda error: type(error).__name__)
+def test_aside_question_that_fails_gives_the_error_not_the_last_answer(error):
+    def fail():
+        raise error
+
+    aside, hook, seen = b9.Aside(), threading.excepthook, []
+    assert aside.ask(lambda: 7) == 7
+    threading.excepthook = seen.append
+    try:
+        assert aside.ask(fail) is error
+    finally:
+        threading.excepthook = hook
+    assert not seen, "a stack trace on standard error"
+
+
+def test_aside_stuck_question_is_asked_once_and_recovers():
+    aside, release, before = b9.Aside(), threading.Event(), threading.active_count()
+    with pytest.raises(TimeoutError):
+        b9.call_within(0.1, lambda: aside.ask(release.wait))
+    for _ in range(50):
+        assert isinstance(b9.call_within(30, lambda: aside.ask(lambda: 7)), OSError)
+    assert threading.active_count() == before + 1
+    release.set()
+    while threading.active_count() > before:
+        time.sleep(0.01)
+    assert aside.ask(lambda: 7) == 7
+
+
+# ---- 11 Stand-in gateway
+RIGHT = f"Bearer {MACHINE_TOKEN}"
+
+
+def ask(gateway, call, payload, now=1000.0, bearer=RIGHT):
+    body = payload if isinstance(payload, bytes) else json.dumps(payload, default=b9.Secret.reveal).encode()
+    return gateway.answer(f"/api/v1/machine/{call}", bearer, body, now)
+
+
+def payloads(*argv):
+    config = config_of("--pool-name", "gpu", *argv)
+    offer = {"cpu": "8000m", "memory": "32094Mi", "gpu_count": "2"}
+    return (sent(b9.register_payload(config, ID, offer, "10.0.0.7")),
+            sent(b9.keepalive_payload(config, ID, METRICS)))
+
+
+@pytest.fixture
+def gateway():
+    return b9.StandIn(MACHINE_TOKEN, ("external", "gpu"))
+
+
+def test_stand_in_answers_have_the_shapes_of_the_gateway(gateway):
+    register, keepalive = payloads()
+    for call, payload, fields, state in ((REGISTER, register, REGISTERED_FIELDS, "registered"),
+                                         (KEEPALIVE, keepalive, READY_FIELDS, "ready")):
+        status, answer = ask(gateway, call, payload)
+        check_shape(json.loads(json.dumps(answer)), fields)
+        assert status == 200 and answer["machine_state"]["status"] == state
+        assert (answer["machine_state"]["machine_id"], answer["machine_state"]["pool_name"]) == (ID, "gpu")
+        assert answer["machine_state"]["ttl_seconds"] == 300 and answer.get("status", "ok") == "ok"
+
+
+@pytest.mark.parametrize("call", BOTH)
+def test_stand_in_and_agent_agree_on_success(call, gateway, gpu_config):
+    register, keepalive = payloads()
+    ask(gateway, REGISTER, register)
+    status, answer = ask(gateway, call, register if call == REGISTER else keepalive)
+    outcome = b9.classify(call, status, {}, json.dumps(answer).encode(), ID, gpu_config)
+    assert (outcome.kind, outcome.ttl) == (OK, 300)
+
+
+@pytest.mark.parametrize("call, change, bearer, status, message, kind", [
+    (REGISTER, {}, "Bearer other", 401, "Unauthorized", DENIED),
+    (KEEPALIVE, {}, "", 401, "Unauthorized", DENIED),
+    (KEEPALIVE, {}, "Bearer workspace-token", 403, "Invalid token", FORBIDDEN),
+    (REGISTER, {"gpu_count": 2}, RIGHT, 400, "Invalid payload", REFUSED),
+    (REGISTER, {"token": None}, RIGHT, 400, "Invalid payload", REFUSED),
+    (KEEPALIVE, {"metrics": {"total_cpu_available": 8000.0}}, RIGHT, 400, "Invalid payload", REFUSED),
+    (KEEPALIVE, {"metrics": {"free_gpu_count": "1"}}, RIGHT, 400, "Invalid payload", REFUSED),
+    (REGISTER, b"no json", RIGHT, 400, "Invalid payload", REFUSED),
+    (KEEPALIVE, b"[]", RIGHT, 400, "Invalid payload", REFUSED),
+    (KEEPALIVE, {"pool_name": ""}, RIGHT, 400, "machine_id and pool_name are required", REFUSED),
+    (KEEPALIVE, {"machine_id": ""}, RIGHT, 400, "machine_id and pool_name are required", REFUSED),
+    (REGISTER, {"pool_name": "gpus"}, RIGHT, 500, "Invalid pool name", REFUSED),
+    (REGISTER, {"cpu": "7.5"}, RIGHT, 500, "Invalid machine cpu value", REFUSED),
+    (REGISTER, {"cpu": "7.5m"}, RIGHT, 500, "Invalid machine cpu value", REFUSED),
+    (REGISTER, {"memory": "31.3Gi"}, RIGHT, 500, "Invalid machine memory value", REFUSED),
+    (REGISTER, {"memory": "32GB"}, RIGHT, 500, "Invalid machine memory value", REFUSED),
+    (REGISTER, {"gpu_count": "-1"}, RIGHT, 500, "Invalid gpu count", REFUSED),
+    (KEEPALIVE, {"machine_id": "00000001"}, RIGHT, 500, "machine not found", FORGOTTEN),
+    (KEEPALIVE, {"provider_name": "aws"}, RIGHT, 500, "machine not found", FORGOTTEN),
+    (KEEPALIVE, {"pool_name": "external"}, RIGHT, 500, "machine not found", FORGOTTEN),
+    ("deregister", {}, RIGHT, 404, "Not Found", TROUBLE)])
+def test_stand_in_error_is_that_of_the_gateway(call, change, bearer, status, message, kind, gateway,
+                                               gpu_config):
+    register, keepalive = payloads()
+    ask(gateway, REGISTER, register)
+    payload = change if isinstance(change, bytes) else (register if call == REGISTER else keepalive) | change
+    code, answer = ask(gateway, call, payload, bearer=bearer)
+    check_shape(answer, ERROR_FIELDS)
+    assert code == status and message in answer["message"]
+    assert b9.classify(call, code, {}, json.dumps(answer).encode(), ID, gpu_config).kind is kind
+
+
+def test_stand_in_forgets_by_its_ttl_and_each_call_renews_it():
+    gateway = b9.StandIn(MACHINE_TOKEN, ("gpu",), 6)
+    register, keepalive = payloads()
+    assert ask(gateway, KEEPALIVE, keepalive, 1000)[0] == 500
+    assert ask(gateway, REGISTER, register, 1000)[0] == 200
+    assert [ask(gateway, KEEPALIVE, keepalive,
+                now)[0] for now in (1005, 1010, 1017, 1018)] == [200, 200, 500, 500]
+    assert ask(gateway, REGISTER, register, 1020)[0] == 200
+    assert [ask(gateway, KEEPALIVE, keepalive, now)[0] for now in (1021, 1026.9)] == [200, 200]
