@@ -1,17 +1,30 @@
-"""Tests of beta9_agent.py, in the order of its rooms."""
+"""Tests of beta9_agent.py, in the order of its rooms; the figures that some print stand in the README."""
 from __future__ import annotations
 
 import ast
+import collections
+import concurrent.futures
+import contextlib
 import ctypes
+import fcntl
+import gc
+import gzip
 import heapq
+import http.client
 import ipaddress
+import itertools
 import json
 import logging
 import os
 import pathlib
+import queue
 import random
 import re
+import resource
 import shutil
+import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -19,8 +32,10 @@ import time
 
 import psutil
 import pytest
+import responses
 
 import beta9_agent as b9
+
 
 SOURCE = pathlib.Path(b9.__file__)
 TEXT = SOURCE.read_text()
@@ -89,8 +104,8 @@ def test_layout_lines_are_no_wider_than_110_columns():
 
 
 def test_layout_compressed_file_fits_user_data():
-    packed = subprocess.run(["gzip", "-9", "--no-name", "--stdout", str(SOURCE)], check=True, capture_output=True)
-    assert len(packed.stdout) < 14800
+    packed = subprocess.check_output(["gzip", "-9", "--no-name", "--stdout", str(SOURCE)])
+    assert len(packed) < 14800
 
 
 def test_law_1_functions_call_only_what_stands_above():
@@ -769,9 +784,9 @@ OPTIONS = {option.name: option for option in b9.OPTIONS}
 FLAGS_ONLY = {"once", "dry_run", "dev", "version"}
 GOOD = {  # a text and its value
     "token": (MACHINE_TOKEN, MACHINE_TOKEN), "machine_id": ("ABCDEF01", "abcdef01"),
-        "pool_name": ("my gpus", "my gpus"),
+    "pool_name": ("my gpus", "my gpus"),
     "provider_name": ("aws", "aws"), "hostname": ("box-1.tail.net", "box-1.tail.net"),
-        "k3s_token": (K3S_TOKEN, K3S_TOKEN),
+    "k3s_token": (K3S_TOKEN, K3S_TOKEN),
     "gateway_host": ("gw.example.com", "gw.example.com"), "gateway_port": ("31994", 31994),
     "private_ip": ("10.1.2.3", "10.1.2.3"), "max_cpu": ("6.5", 6500), "max_memory": ("48Gi", 49152),
     "max_gpus": ("2", 2), "state_dir": ("/x/y", "/x/y"), "keepalive_interval": ("0.5", 0.5),
@@ -1306,13 +1321,919 @@ def test_aside_stuck_question_is_asked_once_and_recovers():
     assert aside.ask(lambda: 7) == 7
 
 
+# ---- Real processes and sockets: what the rooms below share
+PROGRAM = b9.__file__
+TOKEN, K3S, SECRET = "Mt0123456789abcdefghi", "Ks9876543210zyxwvuts", "Cs5432109876mnopqrst"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangup_is_not_ignored():
+    """Else the processes started here inherit it from a nohup around pytest."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def wait(condition, what="", limit=30.0):
+    """What `condition` returns once it is true."""
+    end = time.monotonic() + limit
+    while not (found := condition()):
+        assert time.monotonic() < end, f"waited in vain {what() if callable(what) else what}"
+        time.sleep(0.01)
+    return found
+
+
+class Link:
+    """A request at the gateway, and the socket to answer it on."""
+
+    def __init__(self, gateway, sock, call, headers, body, connection):
+        self.gateway, self.sock, self.call = gateway, sock, call
+        self.headers, self.body = headers, body
+        self.connection, self.time, self.state, self.faulty = connection, time.monotonic(), "", False
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    def answer(self):
+        """What the stand-in says, as bytes."""
+        status, answer = self.gateway.stand_in.answer(f"/api/v1/machine/{self.call}", self.headers.get(
+            "Authorization", ""), self.body, time.monotonic())
+        self.state = answer.get("machine_state", {}).get("status", "refused")
+        return http_answer(status, answer)
+
+
+class Gateway:
+    """A gateway on a loopback socket: the stand-in's answers, save where a fault is due.
+
+    A fault is called with the Link; the connection is closed after it, unless it returns True.
+    """
+
+    def __init__(self, ttl=300.0, host="127.0.0.1", pools=("external",)):
+        self.stand_in, self.host, self.port = b9.StandIn(TOKEN, pools, ttl), host, 0
+        self.seen, self.connections, self.open = [], 0, set()
+        self.faults, self.always = collections.defaultdict(collections.deque), None
+        self.start()
+
+    def start(self):
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        self.listener = socket.create_server((self.host, self.port), family=family)
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
+
+    def stop(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.drop()
+
+    def drop(self):
+        for sock in list(self.open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def forget(self):
+        self.stand_in.known.clear()
+
+    def accept(self, listener):
+        with contextlib.suppress(OSError):
+            while True:
+                sock = listener.accept()[0]
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.connections += 1
+                threading.Thread(target=self.serve, args=(sock, self.connections), daemon=True).start()
+
+    def serve(self, sock, connection):
+        self.open.add(sock)
+        with contextlib.suppress(OSError), sock.makefile("rb") as file:
+            while line := file.readline():
+                headers = http.client.parse_headers(file)
+                body = file.read(int(headers.get("Content-Length", 0)))
+                call = line.decode(errors="replace").split()[1].rpartition("/")[2]
+                link = Link(self, sock, call, headers, body, connection)
+                due = self.faults[link.call]
+                fault = due.popleft() if due else self.always
+                link.faulty = fault is not None
+                self.seen.append(link)
+                if not (fault(link) if fault else sock.sendall(link.answer()) is None):
+                    break
+        self.open.discard(sock)
+        sock.close()
+
+    def calls(self, call):
+        return [link for link in self.seen if link.call == call]
+
+    def ready(self, after=0):
+        """The first keepalive that was taken, from the request of that number on."""
+        return next((link for link in self.seen[after:] if link.state == "ready"), None)
+
+    def ready_again(self):
+        """Ready by a request that is still to come."""
+        after = len(self.seen)
+        return wait(lambda: self.ready(after), lambda: [(each.call, each.state) for each in self.seen[-9:]])
+
+
+def http_answer(status, body=b"", *headers):
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = f"HTTP/1.1 {status} Whatever", *headers, f"Content-Length: {len(body)}", "", ""
+    return "\r\n".join(lines).encode() + body
+
+
+def says(status, body=b"", *headers):
+    def fault(link):
+        link.sock.sendall(http_answer(status, body, *headers))
+        return True
+    return fault
+
+
+def breaks(data, reset=False):
+    """Sends so much and closes, with a reset or without."""
+    def fault(link):
+        link.sock.sendall(data)
+        if reset:
+            time.sleep(0.05)
+            link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return fault
+
+
+def drips(head, drop, pause=0.1):
+    """Goes on for ever: until the other end hangs up."""
+    def fault(link):
+        link.sock.sendall(head)
+        while True:
+            link.sock.sendall(drop)
+            time.sleep(pause)
+    return fault
+
+
+def silent(link):
+    link.sock.recv(1)
+
+
+def late(seconds):
+    def fault(link):
+        time.sleep(seconds)
+        link.sock.sendall(link.answer())
+        return True
+    return fault
+
+
+def lost(link):
+    link.answer()
+
+
+class Box:
+    """Runs the agent as its users do, with state and home in `folder`; ends what is left."""
+
+    def __init__(self, folder):
+        self.folder, self.started = folder, []
+        self.environ = {name: value for name, value in os.environ.items()
+                        if not name.startswith(("BETA9_", "STATE_DIRECTORY")) and "proxy" not in name.lower()}
+        self.environ |= {"HOME": str(folder), "XDG_STATE_HOME": str(folder / "xdg"),
+                         "BETA9_STATE_DIR": str(folder / "state"), "BETA9_TOKEN": TOKEN}
+
+    def start(self, port, *options, before=(), python=(), stderr=None, **environ):
+        """The process; `gateway` is a Gateway or a port. Its log is in `process.log()`."""
+        port, host = (port.port, port.host) if isinstance(port, Gateway) else (port, "127.0.0.1")
+        log = self.folder / f"log{len(self.started)}"
+        words = [*before, sys.executable, *python, PROGRAM, "--gateway-host", host,
+                 "--gateway-port", str(port), "--keepalive-interval", "0.1", *options]
+        with open(log, "wb") as file:
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=stderr or file,
+                                       env={**self.environ, **environ})
+        process.log = lambda: log.read_text(errors="replace")
+        self.started.append(process)
+        return process
+
+    def ready(self, gateway, *options, **more):
+        """A process that the gateway has seen ready."""
+        after, process = len(gateway.seen), self.start(gateway, *options, **more)
+        wait(lambda: gateway.ready(after) or process.poll() is not None, process.log)
+        assert process.poll() is None, process.log()
+        return process
+
+    def run(self, *options, python=(), input="", **environ):
+        """What a run that ends by itself printed, and its exit code."""
+        return subprocess.run([sys.executable, *python, PROGRAM, *options], input=input, capture_output=True,
+                              text=True, timeout=50, env={**self.environ, **environ})
+
+    def close(self):
+        for process in self.started:
+            process.kill() if process.poll() is None else None
+            process.wait()
+
+
+@pytest.fixture
+def box(tmp_path):
+    with contextlib.closing(Box(tmp_path)) as box:
+        yield box
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Boxes that several tests share."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(contextlib.closing(Box(tmp_path_factory.mktemp("box"))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def early(request):
+    """What takes long begins first, beside the other tests."""
+    for name in ("overcoming", "driver", "ending"):
+        if any(name in item.fixturenames for item in request.session.items):
+            request.getfixturevalue(name)
+
+
+def selected(request, fixture):
+    """The rows, by name, of the tests that will ask for this fixture."""
+    return [item.callspec.params["name"] for item in request.session.items if fixture in item.fixturenames]
+
+
+@pytest.fixture
+def gateway():
+    with contextlib.closing(Gateway()) as gateway:
+        yield gateway
+
+
+Gateway.close = Gateway.stop
+
+
+def stopped(process, number=signal.SIGTERM, limit=20):
+    """The exit code after a signal."""
+    process.send_signal(number)
+    return process.wait(limit)
+
+
+def agent_of(port, *options):
+    config, problems = b9.build_config(b9.read_settings(
+        ["--token", TOKEN, "--gateway-port", str(port), "--gateway-host", "127.0.0.1", *options], {}))
+    assert problems == []
+    return b9.Agent(config, "1165a9b6")
+
+
+def send(agent, call, seconds=5.0):
+    return agent.wire.send(call, agent.payload(call), seconds)
+
+
+SHELL = ["sh", "-c"]
+NOT_FOUND = "failed to get machine state <provider:machine:generic:external:1165a9b6>: machine not found"
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+PAGE = b"<html><body>502 Bad Gateway" + b" " * 300 + b"</body></html>"
+
+
+# ---- 7 Wire
+WIRE_REPLIES = {
+    "kept": (b9.KEEPALIVE, 200, '{"status": "ok", "machine_state": {"ttl_seconds": 30}}', b9.Kind.OK, ""),
+    "registered": (b9.REGISTER, 200, '{"config": {"k3s": 1}}', b9.Kind.OK, "k3s"),
+    "html": (b9.KEEPALIVE, 200, "<html>Log in", b9.Kind.TROUBLE, "Log in"),
+    "forgotten": (b9.KEEPALIVE, 500, '{"message": "x: machine not found"}', b9.Kind.FORGOTTEN, "registering"),
+    "denied": (b9.REGISTER, 401, '{"message": "Unauthorized"}', b9.Kind.DENIED, "beta9 machine create"),
+    "forbidden": (b9.REGISTER, 403, '{"message": "Invalid token"}', b9.Kind.FORBIDDEN, "machine create"),
+    "no-pool": (b9.REGISTER, 500, '{"message": "Invalid pool name"}', b9.Kind.REFUSED, "--pool-name"),
+    "upstream": (b9.KEEPALIVE, 404, '{"message": "Not Found"}', b9.Kind.REFUSED, "upstream"),
+    "redirect": (b9.KEEPALIVE, 301, "", b9.Kind.TROUBLE, "http://elsewhere/"),
+    "too-big": (b9.KEEPALIVE, 200, '{"status": "ok"}' + " " * 70000, b9.Kind.TROUBLE, "64 KiB"),
+}
+
+
+@pytest.mark.parametrize("call, status, body, kind, words", WIRE_REPLIES.values(), ids=WIRE_REPLIES)
+def test_call_answered_so_means_this_outcome(call, status, body, kind, words):
+    agent = agent_of(1994, "--k3s-token", K3S)
+    with responses.RequestsMock() as mock:
+        mock.post(f"http://127.0.0.1:1994/api/v1/machine/{call}", body, status=status,
+                  headers={"Location": "http://elsewhere/"})
+        outcome = send(agent, call)
+        sent, = [each.request for each in mock.calls]
+    assert outcome.kind is kind and words in outcome.text
+    assert sent.headers["Authorization"] == f"Bearer {TOKEN}"
+    said = json.loads(sent.body)
+    assert said["machine_id"] == "1165a9b6" and said.get("token") == (K3S if call == b9.REGISTER else None)
+
+
+@pytest.mark.parametrize("fault, words", [
+    (breaks(b""), "broke"), (breaks(b"", True), "reset"), (breaks(b"nonsense\r\n\r\n"), "broke"),
+    (silent, "in time"), (drips(HEAD, b"X: y\r\n"), "in time"), (drips(HEAD + b"\r\n", b" "), "in time"),
+    (drips(HEAD + b"\r\n", b" " * 9000, 0), "64 KiB"),
+], ids=["closed", "reset", "nonsense", "silent", "dripping-headers", "dripping-body", "endless"])
+def test_call_fault_is_trouble_and_the_next_one_works(gateway, fault, words):
+    agent = agent_of(gateway.port)
+    gateway.faults[b9.REGISTER].append(fault)
+    start = time.monotonic()
+    outcome = send(agent, b9.REGISTER, 0.5)
+    assert outcome.kind is b9.Kind.TROUBLE and words in outcome.text and time.monotonic() - start < 5
+    assert send(agent, b9.REGISTER).kind is b9.Kind.OK
+    agent.wire.adapter.close()
+
+
+def test_call_refused_or_without_address_says_so():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    agent = agent_of(port)
+    assert f"ssh -L {port}:" in send(agent, b9.REGISTER).text
+    agent = agent_of(port, "--gateway-host", "nowhere.invalid")
+    outcome = send(agent, b9.REGISTER, 2)
+    assert outcome.kind is b9.Kind.TROUBLE and ("nowhere.invalid" in outcome.text or "time" in outcome.text)
+
+
+def test_call_deadline_leaves_no_alarm_behind(gateway):
+    agent = agent_of(gateway.port)
+    gateway.faults[b9.REGISTER].append(silent)
+    send(agent, b9.REGISTER, 0.1)
+    time.sleep(0.7)  # a second ring would raise here
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_wire_netrc_proxy_and_redirect_traps_not_taken(box, gateway):
+    (box.folder / ".netrc").write_text("machine 127.0.0.1\nlogin me\npassword wrong\n")
+    (box.folder / ".netrc").chmod(0o600)
+    dead = "http://127.0.0.1:9"
+    with contextlib.closing(Gateway()) as elsewhere:
+        gateway.faults[b9.KEEPALIVE].append(
+            says(307, b"", f"Location: http://127.0.0.1:{elsewhere.port}/api/v1/machine/keepalive"))
+        process = box.ready(gateway, HTTP_PROXY=dead, http_proxy=dead, ALL_PROXY=dead, all_proxy=dead)
+        assert {link.headers["Authorization"] for link in gateway.seen} == {f"Bearer {TOKEN}"}
+        assert elsewhere.connections == 0 and str(elsewhere.port) in process.log()
+
+
+def test_wire_proxy_used_beyond_loopback(box, gateway):
+    gateway.always = says(502, b"this is the proxy")
+    process = box.start(gateway, "--gateway-host", "192.0.2.1", "--startup-timeout", "0",
+                        http_proxy=f"http://127.0.0.1:{gateway.port}")
+    assert process.wait(30) == 69 and "this is the proxy" in process.log()
+    assert gateway.seen[0].headers["Host"] == f"192.0.2.1:{gateway.port}"
+
+
+# ---- 8 Disk
+def machine_of(gateway):
+    return gateway.seen[-1].json["machine_id"]
+
+
+def test_identity_killed_and_started_again_the_same(box, gateway):
+    stopped(box.ready(gateway), signal.SIGKILL)
+    first = machine_of(gateway)
+    assert stopped(box.ready(gateway)) == 0 and machine_of(gateway) == first
+    assert (box.folder / "state/machine-id").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "damaged"), (b"\xff\0\x1b", "damaged"), (b"1165a9b6", "damaged"),
+    (b"1165a9b6 " + b"f" * 64 + b"\n", "another"), (None, "damaged"),
+], ids=["empty", "binary", "cut-off", "copied-disk", "a-folder"])
+def test_identity_file_damaged_or_copied_new_one_kept(box, gateway, content, words):
+    path = box.folder / "state/machine-id"
+    path.parent.mkdir()
+    path.mkdir() if content is None else path.write_bytes(content)
+    process = box.ready(gateway)
+    first = machine_of(gateway)
+    assert words in process.log() and first != "1165a9b6" and stopped(process) == 0
+    if content is not None:
+        box.ready(gateway)
+        assert machine_of(gateway) == first
+
+
+def test_identity_folder_that_cannot_be_written_one_warning(box, gateway):
+    (box.folder / "file").write_text("")
+    process = box.ready(gateway, "--state-dir", str(box.folder / "file/below"))
+    assert process.log().count("--state-dir") == 1 and stopped(process) == 0
+
+
+def test_identity_on_a_full_disk_one_warning(box, gateway):
+    done = subprocess.run(  # no file may grow, pipes may
+        [*SHELL, 'ulimit -f 0; exec "$@"', "sh", sys.executable, PROGRAM, "--once",
+         "--gateway-host", "127.0.0.1", "--gateway-port", str(gateway.port)],
+        env=box.environ, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0 and done.stderr.count("--state-dir") == 1, done.stderr
+    assert not os.path.exists(box.folder / "state/machine-id")
+
+
+def test_two_agents_with_one_id_second_ends_with_75(box, gateway):
+    first = box.ready(gateway)
+    second = box.start(gateway)
+    assert second.wait(30) == 75 and str(first.pid) in second.log()
+    assert box.ready(gateway, "--machine-id", "1165a9b6").poll() is None
+    assert first.poll() is None
+
+
+def test_lock_left_by_a_dead_process_does_not_block(box, gateway):
+    stopped(box.ready(gateway, "--machine-id", "1165a9b6"), signal.SIGKILL)
+    assert (box.folder / "state/1165a9b6.lock").exists()
+    box.ready(gateway, "--machine-id", "1165a9b6")
+
+
+# ---- 10 Loop
+FAULTS = {
+    "closed-before-headers": breaks(b""),
+    "closed-in-headers": breaks(HEAD[:30]),
+    "closed-after-headers": breaks(HEAD + b"Content-Length: 15\r\n\r\n"),
+    "reset-before-headers": breaks(b"", True),
+    "reset-in-headers": breaks(HEAD[:30], True),
+    "reset-after-headers": breaks(HEAD + b"Content-Length: 15\r\n\r\n", True),
+    "truncated-body": breaks(HEAD + b'Content-Length: 150\r\n\r\n{"status": "ok"}'),
+    "endless-body": drips(HEAD + b"\r\n{", b"x" * 65536, 0),
+    "endless-chunks": drips(HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+                            b"10000\r\n" + b"x" * 65536 + b"\r\n", 0),
+    "bad-chunks": breaks(HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n"),
+    "no-http": breaks(b"SSH-2.0-OpenSSH_9.2p1\r\n"),
+    "bad-content-length": breaks(HEAD + b"Content-Length: -5\r\n\r\n{}"),
+    "endless-headers": drips(HEAD, b"X-More: " + b"x" * 60000 + b"\r\n", 0),
+    "100-continue-then-close": breaks(b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "gzip-bomb": says(200, gzip.compress(bytes(50 << 20)), "Content-Encoding: gzip"),
+    "gzip-small": says(200, gzip.compress(b'{"status": "ok"}' + bytes(5000)), "Content-Encoding: gzip"),
+    "deflate-broken": says(200, b"\xff\xfe", "Content-Encoding: deflate"),
+    "200-html": says(200, PAGE, "Content-Type: text/html"),
+    "200-empty": says(200),
+    "200-list": says(200, []),
+    "200-null": says(200, b"null"),
+    "200-text": says(200, b'"ok"'),
+    "200-number": says(200, b"1" * 5000),
+    "200-binary": says(200, bytes(range(256))),
+    "200-deep": says(200, b"[" * 60000),
+    "200-big": says(200, b'{"a": "' + b"x" * (5 << 20) + b'"}'),
+    "200-other-machine": says(200, {"status": "ok", "machine_state": {"machine_id": "ffffffff"}}),
+    "200-odd-state": says(200, {"status": ["ok"], "machine_state": 5, "config": []}),
+    "200-error-code": says(200, {"error_code": "internal", "message": 5, "suggestion": None}),
+    "204": says(204),
+    "301-elsewhere": says(301, b"", "Location: http://127.0.0.1:9/api/v1/machine/keepalive"),
+    "302-big": says(302, b"x" * (5 << 20), "Location: /login"),
+    "302-bad-location": says(302, b"", "Location: http://[::1"),
+    "308-no-location": says(308),
+    "400": says(400, {"message": "Invalid payload"}),
+    "400-required": says(400, {"message": "machine_id and pool_name are required"}),
+    "401": says(401, {"message": "Unauthorized"}),
+    "403": says(403, {"message": "Invalid token"}),
+    "404": says(404, {"message": "Not Found"}),
+    "429": says(429, {"message": "slow down"}),
+    "429-retry-after": says(429, b"", "Retry-After: 1"),
+    "429-retry-after-absurd": says(429, b"", "Retry-After: -1e99"),
+    "429-retry-after-odd": says(429, b"", "Retry-After: Wed, 99 Foo 2026", "Date: x"),
+    "429-retry-after-date": says(429, b"", "Retry-After: Wed, 21 Oct 2026 07:28:01 GMT",
+                                 "Date: Wed, 21 Oct 2026 07:28:00 GMT"),
+    **{f"500-{text.lower().replace(' ', '-')[:30]}": says(500, {"message": text}) for text in (
+        "Invalid pool name", "Invalid machine cpu value", "Invalid machine memory value", "Invalid gpu count",
+        "Failed to register machine", "Unable to create remote config", "Internal Server Error",
+        "Failed to update keepalive: failed to set machine state x",
+        f"Failed to update keepalive: {NOT_FOUND}")},
+    **{f"structured-{code}": says(status, {"error_code": code, "message": "m", "suggestion": "s"})
+       for code, status in (("machine_not_found", 404), ("machine_expired", 410), ("invalid_token", 401),
+                            ("invalid_pool", 400), ("internal", 500))},
+    "502-html": says(502, PAGE, "Content-Type: text/html"),
+    "503-retry-after": says(503, PAGE, "Retry-After: 1"),
+    "504-html": says(504, PAGE, "Content-Type: text/html"),
+    "answer-lost": lost,
+    "answer-1-s-late": late(1),
+}
+HANGING = {
+    "silent": silent,
+    "dripping-body": drips(HEAD + b'Content-Length: 5000\r\n\r\n{"', b"x"),
+    "dripping-headers": drips(HEAD, b"X-More: x\r\n"),
+    "dripping-header": drips(HEAD + b"X: ", b"x"),
+    "dripping-redirect": drips(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 5000\r\n\r\n", b"x"),
+    "answer-8-s-late": late(8),
+}
+
+
+def overcome(spare, fault):
+    """The fault on a keepalive, then on a registration: ready again after each. The pauses after it."""
+    gateway, process = spare.get()
+    try:
+        wait(gateway.ready, process.log)
+        pauses = []
+        for call in (b9.KEEPALIVE, b9.REGISTER):
+            start = len(gateway.seen)
+            gateway.faults[call].append(fault)
+            if call == b9.REGISTER:
+                gateway.forget()
+            wait(lambda: not gateway.faults[call] or process.poll() is not None, process.log)
+            gateway.ready_again()
+            assert process.poll() is None, process.log()
+            seen = gateway.seen[start:]
+            pauses.append(max(two.time - one.time for one, two in zip(seen, seen[1:]) if one.faulty))
+        return pauses
+    finally:
+        gateway.faults.clear()
+        spare.put((gateway, process))
+
+
+@pytest.fixture(scope="module")
+def overcoming(folders, request):
+    """The selected faults, in turn among a few agents with a TTL of 3 s."""
+    names, faults, spare = selected(request, "overcoming"), HANGING | FAULTS, queue.SimpleQueue()
+    with contextlib.ExitStack() as stack:
+        for gateway in [stack.enter_context(contextlib.closing(Gateway(ttl=3))) for _ in names[:6]]:
+            spare.put((gateway, folders().start(gateway)))
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(6))
+        yield {name: pool.submit(overcome, spare, faults[name]) for name in faults if name in names}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_life_fault_ready_again_the_same_process(overcoming, name):
+    assert overcoming[name].result()
+
+
+@pytest.mark.parametrize("name", HANGING)
+def test_life_hanging_answer_cut_at_the_deadline(overcoming, name):
+    for pause in overcoming[name].result():  # a deadline of 2 s, then a pause of up to 0.1 s
+        assert 1.5 < pause < 6
+
+
+def test_life_gateway_restarts_and_remembers_ready_again_without_registering(box, gateway):
+    process = box.ready(gateway)
+    gateway.stop()
+    time.sleep(0.5)
+    after = len(gateway.seen)
+    gateway.start()
+    gateway.ready_again()
+    assert {link.call for link in gateway.seen[after:]} == {b9.KEEPALIVE}
+    wait(lambda: "ready again" in process.log(), process.log)
+    assert process.poll() is None and "refused" in process.log()
+
+
+def test_life_gateway_restarts_and_forgets_registered_and_ready_again(box, gateway):
+    process = box.ready(gateway)
+    gateway.stop()
+    gateway.forget()
+    after = len(gateway.seen)
+    gateway.start()
+    gateway.ready_again()
+    assert [link.call for link in gateway.seen[after:]][:3] == [b9.KEEPALIVE, b9.REGISTER, b9.KEEPALIVE]
+    assert process.poll() is None
+
+
+def test_life_gateway_forgets_each_time_one_registration_in_an_interval(box, gateway):
+    def forgetful(link):
+        link.sock.sendall(link.answer())
+        if link.call == b9.KEEPALIVE:
+            gateway.forget()
+        return True
+    gateway.always = forgetful
+    process = box.start(gateway, "--keepalive-interval", "0.3")
+    wait(lambda: len(gateway.calls(b9.REGISTER)) > 6, process.log)
+    times = [link.time for link in gateway.calls(b9.REGISTER)][1:]
+    assert min(two - one for one, two in zip(times, times[1:])) > 0.2
+    gateway.always = None
+    gateway.ready_again()
+    assert process.poll() is None
+
+
+def test_life_outage_longer_than_the_ttl_registers_without_asking(box):
+    with contextlib.closing(Gateway(ttl=1)) as gateway:
+        process = box.ready(gateway)
+        gateway.stop()
+        time.sleep(1.5)
+        after = len(gateway.seen)
+        gateway.start()
+        gateway.ready_again()
+        assert [link.call for link in gateway.seen[after:]][:2] == [b9.REGISTER, b9.KEEPALIVE]
+        assert process.poll() is None
+
+
+def test_life_half_of_all_answers_lost_stays_ready(box):
+    with contextlib.closing(Gateway(ttl=3)) as gateway:
+        process, draw = box.ready(gateway), random.Random(1).random
+        gateway.always = lambda link: lost(link) if draw() < 0.5 else late(0)(link)
+        gone = len(gateway.seen)
+        wait(lambda: len(gateway.seen) > gone + 20)
+        gateway.always = None
+        gateway.ready_again()
+        assert len(gateway.calls(b9.REGISTER)) == 1  # it never was forgotten
+        assert process.poll() is None and process.log().count("failure") < 20
+
+
+def test_life_stopped_for_longer_than_the_ttl_sends_what_is_overdue_once(box):
+    with contextlib.closing(Gateway(ttl=1)) as gateway:
+        process = box.ready(gateway)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        after = len(gateway.seen)
+        process.send_signal(signal.SIGCONT)
+        gateway.ready_again()
+        time.sleep(0.5)
+        calls = [link.call for link in gateway.seen[after:]]
+        assert b9.REGISTER in calls[:2] and calls.count(b9.REGISTER) == 1 and len(calls) < 15
+        assert process.poll() is None
+
+
+def test_life_short_ttl_keeps_a_third_of_it(box):
+    with contextlib.closing(Gateway(ttl=1)) as gateway:
+        process = box.ready(gateway, "--keepalive-interval", "60")
+        wait(lambda: len(gateway.calls(b9.KEEPALIVE)) > 4)
+        assert len(gateway.calls(b9.REGISTER)) == 1 and "TTL" in process.log()
+
+
+def test_life_one_connection_and_the_contract_headers(box, gateway):
+    gateway.always = lambda link: (link.sock.sendall(link.answer().replace(
+        b"\r\n", b"\r\nSet-Cookie: id=%d\r\n" % len(gateway.seen), 1)), True)[1]
+    box.ready(gateway, "--k3s-token", K3S, "--hostname", "box.example", "--max-cpu", "0.5",
+              "--max-memory", "1Gi")
+    wait(lambda: len(gateway.seen) > 9)
+    assert gateway.connections == 1 == len({link.connection for link in gateway.seen})
+    for link in gateway.seen:
+        assert link.headers["Authorization"] == f"Bearer {TOKEN}"
+        assert link.headers["Content-Type"] == "application/json"
+        assert not link.headers["Cookie"] and "gzip" not in link.headers.get("Accept-Encoding", "")
+    said = gateway.seen[0].json
+    assert [link.call for link in gateway.seen[:2]] == [b9.REGISTER, b9.KEEPALIVE]
+    assert said["token"] == K3S and said["hostname"] == "box.example" and said["private_ip"][:4] != "127."
+    assert (said["cpu"], said["memory"]) == ("500m", "1024Mi") and {*map(type, said.values())} == {str}
+    kept = gateway.seen[-1].json
+    assert kept["machine_id"] == said["machine_id"] and kept["metrics"]["total_memory_available"] > 1024
+    assert len(gateway.seen[-1].body) < 450
+
+
+def test_life_gateway_on_ipv6_ready(box):
+    with contextlib.closing(Gateway(host="::1")) as gateway:
+        process = box.ready(gateway)
+        assert stopped(process) == 0 and gateway.seen[0].headers["Host"] == f"[::1]:{gateway.port}"
+
+
+def test_stop_while_sleeping_registers_once_more(box, gateway):
+    process = box.ready(gateway, "--keepalive-interval", "60")
+    time.sleep(0.3)
+    assert stopped(process) == 0
+    assert [link.state for link in gateway.seen] == ["registered", "ready", "registered"]
+    assert gateway.connections == 1 and "stopping" in process.log()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_stop_by_another_signal_the_same(box, gateway, number):
+    process = box.ready(gateway, "--keepalive-interval", "60")
+    assert stopped(process, number) == 0 and "Traceback" not in process.log()
+
+
+def test_hangup_under_nohup_ignored(box, gateway):
+    process = box.ready(gateway, before=["nohup"])
+    process.send_signal(signal.SIGHUP)
+    for _ in range(3):
+        gateway.ready_again()
+    assert process.poll() is None and stopped(process) == 0
+
+
+@pytest.mark.parametrize("calls", [[b9.REGISTER], [b9.REGISTER, b9.KEEPALIVE]],
+                         ids=["registering", "keeping"])
+def test_stop_while_a_request_hangs_cuts_it(box, gateway, calls):
+    gateway.faults[calls[-1]].append(silent)
+    process = box.start(gateway, "--keepalive-interval", "60")
+    wait(lambda: len(gateway.seen) == len(calls), process.log)
+    start = time.monotonic()
+    assert stopped(process) == 0 and time.monotonic() - start < 7  # it would hang for 10 s
+    assert [link.call for link in gateway.seen] == calls  # it never was ready
+
+
+def test_stop_while_ready_and_a_keepalive_hangs_no_last_act(box, gateway):
+    process = box.ready(gateway)
+    gateway.always = silent
+    wait(lambda: gateway.seen[-1].faulty)
+    assert stopped(process) == 0 and {link.call for link in gateway.seen if link.faulty} == {b9.KEEPALIVE}
+
+
+def test_stop_while_connecting_ends(box):
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        for _ in range(4):  # the queue is full: further connections hang
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        process = box.start(full.getsockname()[1], "--keepalive-interval", "60", "--debug")
+        wait(lambda: "POST" in process.log(), process.log)
+        time.sleep(0.3)
+        start = time.monotonic()
+        assert stopped(process) == 0 and time.monotonic() - start < 7, process.log()
+
+
+def test_stop_twice_ends_at_once(box, gateway):
+    gateway.always = silent
+    process = box.start(gateway, "--keepalive-interval", "60")
+    wait(lambda: gateway.seen, process.log)
+    process.send_signal(signal.SIGTERM)
+    wait(lambda: "SigCgt" in status_of(process) and not int(re.search(
+        r"SigCgt:\s*(\w+)", status_of(process))[1], 16) & 1 << signal.SIGTERM - 1)
+    assert stopped(process) == -signal.SIGTERM
+
+
+def status_of(process):
+    with open(f"/proc/{process.pid}/status") as file:
+        return file.read()
+
+
+def test_stop_after_a_failed_request_no_last_act(box, gateway):
+    process = box.ready(gateway)
+    gateway.always = says(500, {"message": "Internal Server Error"})
+    wait(lambda: gateway.seen[-2].faulty)
+    assert stopped(process) == 0 and {link.call for link in gateway.seen if link.faulty} == {b9.KEEPALIVE}
+
+
+def test_stop_last_act_refused_silent(box, gateway):
+    process = box.ready(gateway, "--keepalive-interval", "60")
+    gateway.faults[b9.REGISTER].append(says(500, {"message": "Invalid pool name"}))
+    assert stopped(process) == 0 and "Invalid" not in process.log()
+
+
+def test_life_files_run_out_for_longer_than_the_ttl_ready_again(box):
+    with contextlib.closing(Gateway(ttl=1)) as gateway:
+        process = box.ready(gateway)
+        before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+        gateway.drop()
+        time.sleep(1.5)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+        assert process.poll() is None, process.log()
+        gateway.ready_again()
+        assert process.poll() is None
+
+
+OUTPUTS = {
+    "closed": [*SHELL, 'exec "$@" <&- >&- 2>&-', "sh"],
+    "stderr-closed": [*SHELL, 'exec "$@" 2>&-', "sh"],
+    "full": [*SHELL, 'exec "$@" >/dev/full 2>&1', "sh"],
+}
+
+
+@pytest.mark.parametrize("state", [[], ["--state-dir", "/dev/null/below"]], ids=["lock", "no-lock"])
+@pytest.mark.parametrize("before", OUTPUTS.values(), ids=OUTPUTS)
+def test_life_output_gone_stays_ready_and_writes_nowhere_else(box, gateway, before, state):
+    process = box.ready(gateway, "--debug", *state, before=before)
+    gateway.faults[b9.KEEPALIVE].extend([breaks(b""), says(500), breaks(b"", True)])
+    wait(lambda: not gateway.faults[b9.KEEPALIVE])
+    gateway.ready_again()
+    assert {link.call for link in gateway.seen} == {b9.REGISTER, b9.KEEPALIVE}  # no log line among them
+    locks = [path.read_text() for path in box.folder.glob("state/*.lock")]
+    assert locks == [f"{process.pid}\n"] * (not state)
+    assert stopped(process) == 0
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["broken", "nobody-reads"])
+def test_life_output_pipe_stays_ready(box, gateway, read):
+    there, here = os.pipe()
+    fcntl.fcntl(here, fcntl.F_SETPIPE_SZ, 4096)
+    process = box.ready(gateway, "--debug", stderr=here)
+    os.close(here)
+    if read:
+        os.close(there)
+    gateway.always = says(200, b"x" * 2000)
+    after = len(gateway.seen)
+    wait(lambda: len(gateway.seen) > after + 9)  # more than the pipe holds
+    gateway.always = None
+    gateway.ready_again()
+    assert stopped(process) == 0
+    if not read:
+        os.close(there)
+
+
+def test_life_log_of_many_failures_stays_short(box, gateway):
+    process = box.ready(gateway)
+    gateway.always = says(500, {"message": "Internal Server Error"})
+    after = len(gateway.seen)
+    wait(lambda: len(gateway.seen) > after + 20)
+    gateway.always = None
+    gateway.ready_again()
+    lines = [line for line in process.log().splitlines() if "failure" in line]
+    assert 3 < len(lines) < 9 and "failure 4 in" in lines[2] and "/api/v1/health" in lines[0]
+
+
+def test_debug_output_holds_no_token_and_no_config(box, gateway):
+    config = {"k3s": {"secret": SECRET}, "a": SECRET}
+
+    def with_config(link):
+        answer = json.loads(link.answer().partition(b"\r\n\r\n")[2]) | {"config": config}
+        return says(200, answer, f"X-Echo: {TOKEN}", f"Set-Cookie: {K3S}")(link)
+    gateway.always = with_config
+    process = box.ready(gateway, "--debug", "--k3s-token", K3S)
+    echoes = [says(500, {"message": f"bad token {TOKEN[3:]} {K3S}"}), says(200, f"<html>{TOKEN}{K3S}"),
+              says(302, b"", f"Location: /{TOKEN}"), breaks(f"HTTP/1.1 {TOKEN}\r\n\r\n".encode()),
+              breaks(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + TOKEN.encode() + b"\r\n"),
+              says(200, [{"config": SECRET}]), says(500, {"config": config}),
+              says(401, {"error_code": TOKEN})]
+    gateway.faults[b9.KEEPALIVE].extend(echoes)
+    gateway.forget()
+    wait(lambda: not gateway.faults[b9.KEEPALIVE], process.log)
+    gateway.ready_again()
+    log = process.log()
+    assert "POST" in log and "k3s" in log and "redacted" in log
+    for secret in (TOKEN, K3S, SECRET):
+        for at in range(len(secret) - 7):
+            assert secret[at:at + 8] not in log
+
+
+@pytest.mark.parametrize("config", [SECRET, [SECRET], [{"a": SECRET}]], ids=["text", "list", "mappings"])
+def test_debug_odd_config_not_shown(box, gateway, config):
+    gateway.faults[b9.REGISTER].append(says(500, {"message": "no", "config": config}))
+    process = box.ready(gateway, "--debug")
+    assert SECRET not in process.log()
+
+
+# GPUs: the real binding over a stub of the driver's library, which reads NVML_STUB at each start
+STUB = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static int stuck, count, lost;
+int nvmlInitWithFlags(unsigned flags) {
+    do {
+        FILE *file = fopen(getenv("NVML_STUB"), "r");
+        if (!file || fscanf(file, "%d %d %d", &stuck, &count, &lost) != 3) abort();
+        fclose(file);
+        if (stuck) usleep(50000);
+    } while (stuck);
+    return 0;
+}
+int nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *n) { *n = count; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
+    *handle = (void *)(long)(index + 1);
+    return (int)index == lost ? 15 : 0;
+}
+int nvmlDeviceGetName(void *handle, char *name, unsigned size) {
+    strncpy(name, "NVIDIA Stub", size);
+    return 0;
+}
+int nvmlDeviceGetMemoryInfo(void *handle, unsigned long long *memory) { memory[0] = 80ULL << 30; return 0; }
+int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *n, void *infos) { *n = 0; return 0; }
+const char *nvmlErrorString(int error) { return "an error"; }
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(folders):
+    """Starts agents beside stub GPUs; `say` what the driver does: stuck, how many, which is lost."""
+    box = folders()
+    (box.folder / "stub.c").write_text(STUB)
+    if not shutil.which("cc"):
+        pytest.skip("no cc")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "libnvidia-ml.so.1", "stub.c"],
+                   cwd=box.folder, check=True)
+
+    class Driver:
+        def __init__(self, said):
+            self.control = box.folder / f"control{next(numbers)}"
+            self.gateway = Gateway()
+            self.say(said)
+            self.process = folders().start(
+                self.gateway, NVML_STUB=str(self.control), LD_LIBRARY_PATH=str(box.folder))
+
+        def say(self, said):
+            self.control.with_suffix(".new").write_text(said)
+            self.control.with_suffix(".new").rename(self.control)
+
+        def registered(self, after=0):
+            return [link.json["gpu_count"] for link in self.gateway.seen[after:] if link.call == b9.REGISTER]
+
+        def free(self):
+            return [link.json["metrics"]["free_gpu_count"] for link in self.gateway.calls(b9.KEEPALIVE)]
+
+    numbers = itertools.count()
+    started = [Driver(said) for said in ("1 2 -1", "0 2 -1")]
+    wait(lambda: started[1].free()[2:], started[1].process.log)
+    started[1].say("1 2 -1")
+    yield Driver, started
+    for each in started:
+        each.gateway.stop()
+
+
+def test_driver_that_hangs_at_the_start_counts_as_0_until_it_returns(driver):
+    sick = driver[1][0]
+    wait(lambda: sick.free()[3:], sick.process.log)
+    assert sick.registered() == ["0"] and {*sick.free()} == {0} and "driver" in sick.process.log()
+    sick.say("0 2 -1")
+    wait(lambda: sick.registered()[1:] and sick.gateway.ready_again())
+    assert sick.registered() == ["0", "2"] and sick.free()[-1] == 2 and sick.process.poll() is None
+
+
+def test_driver_that_hangs_later_delays_once_and_stays_registered(driver):
+    sick = driver[1][1]
+    wait(lambda: sick.free()[-1] == 0 and sick.free()[-4] == 0, sick.process.log)
+    times = [link.time for link in sick.gateway.seen]
+    pauses = sorted(two - one for one, two in zip(times, times[1:]))
+    assert 4 < pauses[-1] < 9 and pauses[-2] < 3
+    assert psutil.Process(sick.process.pid).num_threads() == 2
+    sick.say("0 2 -1")
+    wait(lambda: sick.free()[-1] == 2)
+    assert sick.registered() == ["2"] and sick.process.poll() is None
+    assert sick.process.log().count("NVIDIA driver") == 1
+
+
+def test_gpu_lost_and_back_registers_the_true_count(driver):
+    sick = driver[0]("0 2 -1")
+    with contextlib.closing(sick.gateway):
+        wait(lambda: sick.free()[2:], sick.process.log)
+        sick.say("0 2 1")
+        wait(lambda: len(sick.registered()) == 2, sick.process.log)
+        sick.gateway.ready_again()
+        assert sick.free()[-1] == 1
+        sick.say("0 2 -1")
+        wait(lambda: len(sick.registered()) == 3, sick.process.log)
+        sick.gateway.ready_again()
+        assert sick.registered() == ["2", "1", "2"] and "registering again" in sick.process.log()
+        assert stopped(sick.process) == 0
+
+
 # ---- 11 Stand-in gateway
 RIGHT = f"Bearer {MACHINE_TOKEN}"
 
 
-def ask(gateway, call, payload, now=1000.0, bearer=RIGHT):
+def ask(stand_in, call, payload, now=1000.0, bearer=RIGHT):
     body = payload if isinstance(payload, bytes) else json.dumps(payload, default=b9.Secret.reveal).encode()
-    return gateway.answer(f"/api/v1/machine/{call}", bearer, body, now)
+    return stand_in.answer(f"/api/v1/machine/{call}", bearer, body, now)
 
 
 def payloads(*argv):
@@ -1323,15 +2244,15 @@ def payloads(*argv):
 
 
 @pytest.fixture
-def gateway():
+def stand_in():
     return b9.StandIn(MACHINE_TOKEN, ("external", "gpu"))
 
 
-def test_stand_in_answers_have_the_shapes_of_the_gateway(gateway):
+def test_stand_in_answers_have_the_shapes_of_the_gateway(stand_in):
     register, keepalive = payloads()
     for call, payload, fields, state in ((REGISTER, register, REGISTERED_FIELDS, "registered"),
                                          (KEEPALIVE, keepalive, READY_FIELDS, "ready")):
-        status, answer = ask(gateway, call, payload)
+        status, answer = ask(stand_in, call, payload)
         check_shape(json.loads(json.dumps(answer)), fields)
         assert status == 200 and answer["machine_state"]["status"] == state
         assert (answer["machine_state"]["machine_id"], answer["machine_state"]["pool_name"]) == (ID, "gpu")
@@ -1339,10 +2260,10 @@ def test_stand_in_answers_have_the_shapes_of_the_gateway(gateway):
 
 
 @pytest.mark.parametrize("call", BOTH)
-def test_stand_in_and_agent_agree_on_success(call, gateway, gpu_config):
+def test_stand_in_and_agent_agree_on_success(call, stand_in, gpu_config):
     register, keepalive = payloads()
-    ask(gateway, REGISTER, register)
-    status, answer = ask(gateway, call, register if call == REGISTER else keepalive)
+    ask(stand_in, REGISTER, register)
+    status, answer = ask(stand_in, call, register if call == REGISTER else keepalive)
     outcome = b9.classify(call, status, {}, json.dumps(answer).encode(), ID, gpu_config)
     assert (outcome.kind, outcome.ttl) == (OK, 300)
 
@@ -1369,23 +2290,221 @@ def test_stand_in_and_agent_agree_on_success(call, gateway, gpu_config):
     (KEEPALIVE, {"provider_name": "aws"}, RIGHT, 500, "machine not found", FORGOTTEN),
     (KEEPALIVE, {"pool_name": "external"}, RIGHT, 500, "machine not found", FORGOTTEN),
     ("deregister", {}, RIGHT, 404, "Not Found", TROUBLE)])
-def test_stand_in_error_is_that_of_the_gateway(call, change, bearer, status, message, kind, gateway,
+def test_stand_in_error_is_that_of_the_gateway(call, change, bearer, status, message, kind, stand_in,
                                                gpu_config):
     register, keepalive = payloads()
-    ask(gateway, REGISTER, register)
+    ask(stand_in, REGISTER, register)
     payload = change if isinstance(change, bytes) else (register if call == REGISTER else keepalive) | change
-    code, answer = ask(gateway, call, payload, bearer=bearer)
+    code, answer = ask(stand_in, call, payload, bearer=bearer)
     check_shape(answer, ERROR_FIELDS)
     assert code == status and message in answer["message"]
     assert b9.classify(call, code, {}, json.dumps(answer).encode(), ID, gpu_config).kind is kind
 
 
 def test_stand_in_forgets_by_its_ttl_and_each_call_renews_it():
-    gateway = b9.StandIn(MACHINE_TOKEN, ("gpu",), 6)
+    stand_in = b9.StandIn(MACHINE_TOKEN, ("gpu",), 6)
     register, keepalive = payloads()
-    assert ask(gateway, KEEPALIVE, keepalive, 1000)[0] == 500
-    assert ask(gateway, REGISTER, register, 1000)[0] == 200
-    assert [ask(gateway, KEEPALIVE, keepalive,
+    assert ask(stand_in, KEEPALIVE, keepalive, 1000)[0] == 500
+    assert ask(stand_in, REGISTER, register, 1000)[0] == 200
+    assert [ask(stand_in, KEEPALIVE, keepalive,
                 now)[0] for now in (1005, 1010, 1017, 1018)] == [200, 200, 500, 500]
-    assert ask(gateway, REGISTER, register, 1020)[0] == 200
-    assert [ask(gateway, KEEPALIVE, keepalive, now)[0] for now in (1021, 1026.9)] == [200, 200]
+    assert ask(stand_in, REGISTER, register, 1020)[0] == 200
+    assert [ask(stand_in, KEEPALIVE, keepalive, now)[0] for now in (1021, 1026.9)] == [200, 200]
+
+
+# ---- 12 Commands
+def test_dev_once_ready_without_token(box):
+    done = box.run("--dev", "--once", BETA9_TOKEN="")
+    assert done.returncode == 0, done.stderr
+    for words in ("gateway:", "registered", "ready after"):
+        assert words in done.stderr
+    assert not (box.folder / "state").exists() and done.stdout == ""
+
+
+def test_dry_run_shows_settings_and_bodies_without_network(box, gateway):
+    done = box.run("--dry-run", "--k3s-token", K3S, "--gateway-host", "127.0.0.1", BETA9_POOL_NAME="gpu",
+                   BETA9_GATEWAY_PORT=str(gateway.port))
+    assert done.returncode == 0 and gateway.connections == 0
+    for line in ("pool_name: gpu  (BETA9_POOL_NAME)", f"token: set ({len(TOKEN)} characters)  (BETA9_TOKEN)",
+                 f"k3s_token: set ({len(K3S)} characters)  (--k3s-token)",
+                 "provider_name: generic  (default)", f"gateway_port: {gateway.port}  (BETA9_GATEWAY_PORT)"):
+        assert line in done.stdout
+    for words in ("machine/register", "machine/keepalive", '"free_gpu_count"'):
+        assert words in done.stdout
+    assert TOKEN not in done.stdout + done.stderr and K3S not in done.stdout + done.stderr
+    assert not (box.folder / "state").exists()
+    assert box.run("--dry-run", BETA9_TOKEN="").returncode == 2
+
+
+ENDS = {  # exit code, the calls that were made, words, options, and faults for register and keepalive
+    "ok": (0, 2, "ready after", ["--once"], None, None),
+    "401": (77, 1, "beta9 machine create", ["--once"], says(401, {"message": "Unauthorized"}), None),
+    "401-for-a-while": (77, 0, "beta9 machine create", ["--startup-timeout", "0.5"],
+                        says(401, {"message": "Unauthorized"}), None),
+    "403": (77, 1, "beta9 machine create", [], says(403, {"message": "Invalid token"}), None),
+    "keepalive-403": (77, 2, "beta9 machine create", [], None, says(403, {"message": "Invalid token"})),
+    "no-pool": (78, 1, "--pool-name", [], says(500, {"message": "Invalid pool name"}), None),
+    "bad-payload": (78, 1, "--dry-run", [], says(400, {"message": "Invalid payload"}), None),
+    "upstream": (78, 2, "upstream", [], None, says(404, {"message": "Not Found"})),
+    "500": (69, 1, "health", ["--once"], says(500, {"message": "Failed to register machine"}), None),
+    "html": (69, 1, "Hotel", ["--once"], says(200, "<html>Hotel WiFi".encode()), None),
+    "redirect": (69, 1, "/login", ["--once"], says(302, b"", "Location: /login"), None),
+    "closed": (69, 1, "tunnel", ["--once"], breaks(b""), None),
+    "forgotten-once": (69, 2, "registering again", ["--once"], None, says(500, {"message": NOT_FOUND})),
+    "500-for-a-while": (69, 0, "health", ["--startup-timeout", "0.5"], says(500), None),
+    "500-one-try": (69, 1, "health", ["--startup-timeout", "0"], says(500), None),
+}
+
+
+@pytest.fixture(scope="module")
+def ending(folders, request):
+    """The selected rows of ENDS and BAD_STARTS, two at a time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(end, folders(), *ENDS[name]) if name in ENDS else
+               pool.submit(folders().run, *BAD_STARTS[name][0], **BAD_STARTS[name][1])
+               for name in selected(request, "ending")}
+
+
+def end(box, code, calls, words, options, register, keepalive):
+    """Exit code, log and number of requests of an agent that is answered so."""
+    with contextlib.closing(Gateway()) as gateway:
+        faults = {b9.REGISTER: register, b9.KEEPALIVE: keepalive}
+        gateway.always = lambda link: (faults[link.call] or late(0))(link)
+        process = box.start(gateway, *options)
+        return process.wait(30), process.log(), len(gateway.seen)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_start_answered_so_ends_with_this_exit_code(ending, name):
+    code, calls, words = ENDS[name][:3]
+    got, log, seen = ending[name].result()
+    assert got == code and words in log and "Traceback" not in log, log
+    assert seen == calls if calls else seen > 1
+
+
+def test_start_gateway_that_comes_late_ready(box, gateway):
+    gateway.stop()
+    process = box.start(gateway)
+    wait(lambda: "refused" in process.log(), process.log)
+    gateway.start()
+    wait(gateway.ready, process.log)
+    assert process.poll() is None and "ssh -L" in process.log()
+
+
+def test_start_nobody_there_ends_with_69(box, gateway):
+    gateway.stop()
+    process = box.start(gateway, "--startup-timeout", "0.3")
+    assert process.wait(30) == 69 and "giving up" in process.log()
+
+
+# ---- 13 Entry
+BAD_STARTS = {
+    "port": (["--gateway-port", "99999"], {}, ["--gateway-port", "65535"]),
+    "variable": ([], {"BETA9_MACHINE_ID": "xyz"}, ["--machine-id", "BETA9_MACHINE_ID", "8 hex"]),
+    "host-with-scheme": (["--gateway-host", "http://gateway"], {}, ["--gateway-host", "scheme"]),
+    "unknown-option": (["--gatway-host=x"], {}, ["--gatway-host"]),
+    "word": ([TOKEN], {}, []),
+    "unknown-option-with-token": ([f"--tokn={TOKEN}"], {}, ["--tokn"]),
+    "no-token": ([], {"BETA9_TOKEN": ""}, ["--token", "beta9 machine create"]),
+    "token-with-newline": ([], {"BETA9_TOKEN": f"{TOKEN}\nX: y"}, ["BETA9_TOKEN"]),
+    "token-with-control-character": (["--token", f"{TOKEN}\x07"], {}, ["--token"]),
+    "token-not-ascii": (["--token", f"{TOKEN}\u20ac"], {}, ["--token"]),
+    "token-file-missing": (["--token-file", "/nowhere/token"], {"BETA9_TOKEN": ""}, ["/nowhere/token"]),
+    "token-twice": (["--token-file", "-"], {}, ["--token-file", "BETA9_TOKEN"]),
+    "config-missing": (["--config", "/nowhere/config"], {}, ["/nowhere/config"]),
+    "token-file-binary": (["--token-file", sys.executable], {"BETA9_TOKEN": ""}, [sys.executable]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STARTS)
+def test_entry_bad_setting_ends_with_2_and_one_line(ending, name):
+    done, words = ending[name].result(), BAD_STARTS[name][2]
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert TOKEN not in done.stderr
+
+
+@pytest.mark.parametrize("where", ["file", "stdin", "yaml", "json"])
+def test_entry_token_from_elsewhere_is_sent(box, gateway, where):
+    path = box.folder / where
+    path.write_text({"file": f"{TOKEN}\r\n", "yaml": f"token: {TOKEN}\ngateway:\n  port: {gateway.port}\n",
+                     "json": json.dumps({"token": TOKEN, "gateway": {"port": gateway.port}})}.get(where, ""))
+    options = ["--config", str(path)] if where in ("yaml", "json") else [
+        "--gateway-port", str(gateway.port), "--token-file", "-" if where == "stdin" else str(path)]
+    done = box.run(*options, "--once", "--gateway-host", "127.0.0.1", input=f"{TOKEN}\n", BETA9_TOKEN="")
+    assert done.returncode == 0, done.stderr
+    assert gateway.seen[-1].headers["Authorization"] == f"Bearer {TOKEN}"
+
+
+def test_entry_command_of_machine_create_pasted_whole_works(box):
+    with contextlib.closing(Gateway(pools=("gpu",))) as gateway:
+        process = box.start(
+            gateway, "--token", TOKEN, "--machine-id", "1165A9B6", "--tailscale-url", "http://ts-url",
+            "--tailscale-auth", "ts-auth-key", "--pool-name", "gpu", "--provider-name", "generic",
+            "--flux-upstream", "fl-up", "--flux-branch", "fl-br", "--flux-github-token", "fl-tok", "--once")
+        assert process.wait(30) == 0 and machine_of(gateway) == "1165a9b6"
+        line = next(line for line in process.log().splitlines() if "--tailscale-auth" in line)
+        assert "--flux-github-token" in line
+        assert not re.search("ts-url|ts-auth-key|fl-up|fl-br|fl-tok", process.log())
+
+
+def test_entry_package_missing_says_which_and_how_to_get_it(box):
+    done = box.run("--dev", "--once", python=["-S"])
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    for word in ("requests", "apt-get install python3-requests python3-psutil", "pip install", "uv run"):
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_entry_answers_without_packages(box, option):
+    done = box.run(option, python=["-S"], BETA9_TOKEN="")
+    assert done.returncode == 0 and done.stderr == ""
+    assert re.match("usage: |beta9-agent [0-9.]+ .[0-9a-f]{12}", done.stdout)
+
+
+def test_entry_unexpected_error_ends_with_1_and_one_line(box):
+    done = subprocess.run([*SHELL, 'exec "$@" --dry-run >/dev/full', "sh", sys.executable, PROGRAM],
+                          env=box.environ, stderr=subprocess.PIPE, text=True, timeout=50)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+
+
+# ---- soak
+@pytest.fixture
+def stop():
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM
+    before = [signal.getsignal(number) for number in numbers]
+    yield b9.Stop()
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+@pytest.mark.soak
+def test_soak_10000_keepalives_half_failing_end_where_they_began(gateway, stop, capsys):
+    faults = itertools.cycle([None, says(500, {"message": "Internal Server Error"}), None, breaks(b"")])
+
+    def fault(link):
+        del gateway.seen[:]
+        this = next(faults)
+        return this(link) if this else late(0)(link)
+    gateway.always = fault
+    agent, start, figures, kinds = agent_of(gateway.port), time.monotonic(), [], []
+    process = psutil.Process()
+    logging.disable(logging.CRITICAL)
+    for number in range(10_001):
+        agent.lease = agent.lease._replace(due=b9.read_clock())
+        failing_since = agent.lease.failing_since
+        call, outcome = agent.step(stop)
+        agent.report(call, outcome, failing_since)
+        kinds.append(outcome.kind is b9.Kind.OK)
+        if number in (1000, 10_000):
+            gc.collect()
+            figures.append((process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()))
+    logging.disable(logging.NOTSET)
+    with capsys.disabled():
+        print(f"\nsoak: {time.monotonic() - start:.0f} s, {kinds.count(False)} failures, connections"
+              f" {gateway.connections}, MiB/files/threads {figures}")
+    (mib, files, threads), after = figures
+    assert kinds.count(False) > 4900 and abs(after[0] - mib) < 1
+    assert abs(after[1] - files) <= 2 and abs(after[2] - threads) <= 2  # both ends
+    agent.wire.adapter.close()
