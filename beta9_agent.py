@@ -15,7 +15,7 @@ Exits   0 stopped as asked | 1 unexpected error, missing package | 2 bad option,
 
 Functions call only what stands above; rooms 2 to 4 have no effects.
 """
-# ---- 1 What this program does, sends, writes and runs
+# ---- 1 What this program does
 from __future__ import annotations
 
 import argparse
@@ -78,7 +78,6 @@ class Secret:
         return text
 
 
-# DENIED is 401, FORBIDDEN 403, REFUSED will not pass by itself.
 Kind = enum.Enum("Kind", "OK TROUBLE FORGOTTEN DENIED FORBIDDEN REFUSED")
 EXIT_CODES = {Kind.DENIED: 77, Kind.FORBIDDEN: 77, Kind.REFUSED: 78}
 
@@ -203,7 +202,7 @@ def classify(call: str, status: int, headers: Mapping[str, str], body: bytes, ma
 
 
 def backoff(failing_for: float, cap: float, draw: Draw) -> float:
-    """Full jitter under a ceiling that grows with the outage, drawn after the cap; seconds."""
+    """Seconds: full jitter under a ceiling that grows, drawn after the cap."""
     ceiling = min(max(4.0, min(failing_for, 60.0)), cap)
     return draw(min(1.0, ceiling / 4), ceiling)
 
@@ -338,7 +337,7 @@ class Option(NamedTuple):
 OPTIONS = [Option(*row) for row in (
     ("token", IDENTITY, TOKEN, None, "required: from `beta9 machine create`, without blanks or line ends"),
     ("token_file", IDENTITY, TEXT, None, "file with that token, - for standard input"),
-    ("machine_id", IDENTITY, rule("[0-9A-Fa-f]{8}", str.lower), None, "exactly 8 hex characters"),
+    ("machine_id", IDENTITY, rule("[0-9A-Fa-f]{8}", str.lower), None, "8 hex characters, else generated"),
     ("pool_name", IDENTITY, TEXT, "external", "worker pool, not empty"),
     ("provider_name", IDENTITY, TEXT, "generic", "provider of the pool, not empty"),
     ("hostname", IDENTITY, HOST, None, "host or IP of this machine for the gateway, without scheme or port"),
@@ -347,7 +346,7 @@ OPTIONS = [Option(*row) for row in (
     ("gateway_host", GATEWAY, HOST, "localhost", "host or IP of the gateway, without scheme or port"),
     ("gateway_port", GATEWAY, rule(NUMBER, int, 1, 65535), "1994", "its HTTP port, 1 to 65535"),
     ("private_ip", MACHINE, rule(".+", lambda text: str(ipaddress.ip_address(text))), None,
-     "IP address of this machine"),
+     "IP address of this machine, else found"),
     ("max_cpu", MACHINE, rule(NUMBER, lambda text: int(float(text) * 1000)), None, "cores to offer, 6.5 say"),
     ("max_memory", MACHINE, rule("[0-9]{1,9}[MG]i", lambda text: int(text[:-2]) << 10 * ("G" in text)), None,
      "memory to offer, 48Gi or 49152Mi say"),
@@ -378,8 +377,8 @@ def build_parser() -> Parser:
     groups = {name: parser.add_argument_group(name) for name in (IDENTITY, GATEWAY, MACHINE, BEHAVIOUR)}
     for option in OPTIONS:
         kind: dict[str, Any] = {"action": "store_const", "const": "true"} if option.parse is SWITCH else {}
-        notes = f"[{option.variable or 'no variable'}, default {option.default}]"
-        groups[option.group].add_argument(option.flag, help=f"{option.help} {notes}", **kind)
+        notes = "".join(f" [{note}]" for note in (option.variable, option.default) if note)
+        groups[option.group].add_argument(option.flag, help=option.help + notes, **kind)
     for flag in UNUSED:
         groups[BEHAVIOUR].add_argument(flag, help="taken, not used")
     return parser
@@ -573,14 +572,14 @@ def list_gpus() -> list[Gpu] | None:
 
 
 def find_private_ip(config: Config) -> str:
-    """The address towards the gateway, else towards the default route, else the first that fits."""
+    """Towards the gateway, else towards the default route, else the first that fits."""
     import psutil
     found = []
     with contextlib.suppress(OSError):
         found = [(name, entry.address) for name, entries in psutil.net_if_addrs().items()
                  for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
     for target in ("198.51.100.1", config.gateway_host):  # RFC 5737; nothing is sent
-        if re.fullmatch(r"[0-9.]+|.*:.*", target):
+        if not config.dry_run or re.fullmatch(r"[0-9.]+|.*:.*", target):
             with contextlib.suppress(OSError), socket.socket(
                     socket.AF_INET6 if ":" in target else socket.AF_INET, socket.SOCK_DGRAM) as udp:
                 udp.connect((target, 9))
@@ -601,7 +600,7 @@ class Host:
             answer = call_within(seconds, lambda: aside.ask(question))
             return None if isinstance(answer, Exception) else answer
         except (TimeoutError, RuntimeError):  # no thread to be had
-            LOG.warning("%s hangs: what it knows is unknown until then; see `dmesg`", what)
+            LOG.warning("%s hangs, its part is unknown until it answers: see `dmesg`", what)
 
     def sample(self) -> tuple[Metrics, list[Gpu] | None]:
         import psutil
@@ -623,27 +622,28 @@ FAILURES = (
 
 
 def describe_failure(error: BaseException, config: Config) -> str:
-    while error.__context__:
-        error = error.__context__
-    text = next(text for kind, text in FAILURES if isinstance(error, kind))
+    chain = [error]
+    while inner := chain[-1].__context__:
+        chain.append(inner)
+    text = next(text for kind, text in FAILURES for each in chain if isinstance(each, kind))
     return visible((text + TRY_HEALTH).format(**vars(config), gateway=config.gateway, error=error), 400)
 
 
 class Wire:
-    """The one way out, over one connection that is kept."""
+    """The one way out, over one kept connection."""
 
     def __init__(self, config: Config) -> None:
         import requests
         self.config, self.resolver, self.adapter = config, Aside(), requests.adapters.HTTPAdapter(1, 1)
 
     def exchange(self, request: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
-        """Without requests' session, which follows redirects and prefers ~/.netrc to a token."""
+        """Without requests' session, which follows redirects and obeys ~/.netrc."""
         import requests
         proxies = {}
         if not re.match(r"http://(localhost|127\.|\[::1)", request.url):
             proxies = requests.utils.get_environ_proxies(request.url)
-            if isinstance(found := self.resolver.ask(lambda: socket.getaddrinfo(
-                    self.config.gateway_host, 0)), Exception) and not proxies:
+            found = proxies or self.resolver.ask(lambda: socket.getaddrinfo(self.config.gateway_host, 0))
+            if isinstance(found, Exception):
                 raise found
         answer = self.adapter.send(request, True, seconds, proxies=proxies)
         body = answer.raw.read(SIZE_LIMIT + 1, decode_content=False)
@@ -674,7 +674,7 @@ class Wire:
 # ---- 8 Disk
 def find_state_dir(config: Config) -> str:
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return (config.state_dir or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    return (config.state_dir or os.environ.get("STATE_DIRECTORY")
             or ("/var/lib" if os.geteuid() == 0 else home) + "/beta9-agent")
 
 
@@ -721,14 +721,13 @@ def take_lock(folder: str, machine_id: str) -> Any:
         raise AgentError(f"another agent keeps machine {machine_id}, pid {visible(file.read(20).strip())}:"
                          " stop that one, or give another --machine-id", 75) from None
     file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    os.write(file.fileno(), b"%d\n" % os.getpid())
     return file
 
 
 # ---- 10 Loop
 class Stop:
-    """The stop flag, set by signals; a second one finds the default action and ends the program."""
+    """The stop flag, set by a signal; a second one meets the default action."""
 
     def __init__(self) -> None:
         self.at: float | None = None
@@ -776,7 +775,8 @@ class Agent:
     def payload(self, call: str) -> dict[str, Any]:
         if call == KEEPALIVE:
             return keepalive_payload(self.config, self.machine_id, self.metrics)
-        return register_payload(self.config, self.machine_id, self.offer, find_private_ip(self.config))
+        ip = self.host.ask(self.wire.resolver, "DNS", lambda: find_private_ip(self.config), HOST_DEADLINE)
+        return register_payload(self.config, self.machine_id, self.offer, ip or "")
 
     def look(self) -> None:
         with contextlib.suppress(OSError):  # no files left: what is known has to do
@@ -807,7 +807,7 @@ class Agent:
             if self.trouble.fault(now):
                 say = LOG.error if outcome.kind in EXIT_CODES else LOG.warning
                 say("%s: failure %d in %.1f s, %s; next try in %.1f s", call, self.trouble.count,
-                    now - self.trouble.since, outcome.text, self.lease.due - now)
+                    now - self.trouble.since, outcome.text, max(0, self.lease.due - now))
         elif call == REGISTER:
             LOG.info("registered%s", outcome.text and f"; a config came, with keys {outcome.text}")
         else:
@@ -957,7 +957,7 @@ class Lines(logging.Handler):
 
 
 def main(argv: list[str] | None = None) -> int:
-    while os.open(os.devnull, os.O_RDWR) < 3:  # a closed one must not become the gateway's socket
+    while os.open(os.devnull, os.O_RDWR) < 3:  # or a closed one becomes a socket
         pass
     handler = Lines()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -103,6 +103,13 @@ def test_layout_lines_are_no_wider_than_110_columns():
     assert [line for line, text in enumerate(TEXT.splitlines(), 1) if len(text) > 110] == []
 
 
+def test_layout_one_clock_is_read_and_nobody_sets_it():
+    """So that a wall clock set back or forth changes nothing."""
+    used = {node.attr for node in ast.walk(TREE) if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name) and node.value.id == "time"}
+    assert used == {"clock_gettime", "CLOCK_MONOTONIC", "sleep"} and "datetime.now" not in TEXT
+
+
 def test_layout_compressed_file_fits_user_data():
     packed = subprocess.check_output(["gzip", "-9", "--no-name", "--stdout", str(SOURCE)])
     assert len(packed) < 14800
@@ -2222,6 +2229,42 @@ def test_gpu_lost_and_back_registers_the_true_count(driver):
         sick.gateway.ready_again()
         assert sick.registered() == ["2", "1", "2"] and "registering again" in sick.process.log()
         assert stopped(sick.process) == 0
+
+
+ABOVE = ("--max-cpu", "9999", "--max-memory", "9999Gi", "--max-gpus", "99")
+
+
+def test_announce_caps_above_what_is_there_say_so_and_offer_all(gateway, log_lines):
+    agent = agent_of(gateway.port, *ABOVE)
+    agent.announce()
+    assert [line.split()[0] for line in log_lines if "above" in line] == ["max_cpu", "max_memory", "max_gpus"]
+    assert agent.offer == b9.offer_of(agent.metrics, agent.gpus, config_of())
+
+
+def test_announce_without_k3s_warns_once_and_with_it_not(gateway, log_lines):
+    agent_of(gateway.port, "--hostname", "box").announce()
+    agent_of(gateway.port, "--hostname", "box", "--k3s-token", K3S).announce()
+    assert len([line for line in log_lines if "--hostname and --k3s-token" in line]) == 1
+
+
+def test_announce_driver_without_binding_says_how_to_get_it(nvml_stub, tmp_path):
+    write_gpus(tmp_path / "control", "..")
+    code = ("import logging, sys\nsys.modules['pynvml'] = None\nlogging.basicConfig(stream=sys.stdout)\n"
+            "config, _ = b9.build_config(b9.read_settings(['--token', 'x'], {}))\n"
+            "b9.Agent(config, '1165a9b6').announce()")
+    said = run_python(code, stub_environment(nvml_stub, tmp_path / "control"))
+    assert "pip install nvidia-ml-py" in said and "Traceback" not in said
+
+
+def test_report_unchanging_machine_writes_one_summary_in_ten_minutes(gateway, log_lines):
+    agent = agent_of(gateway.port)
+    agent.ready, good = True, b9.Outcome(b9.Kind.OK)
+    agent.report(b9.KEEPALIVE, good, None)
+    assert log_lines == []
+    agent.told -= b9.QUIET + 1
+    agent.report(b9.KEEPALIVE, good, None)
+    agent.report(b9.KEEPALIVE, good, None)
+    assert len(log_lines) == 1 and "MiB" not in log_lines[0] and agent.offer["cpu"] in log_lines[0]
 
 
 # ---- 11 Stand-in gateway
