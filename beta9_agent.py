@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import email.utils
 import enum
 import fcntl
 import hashlib
@@ -142,6 +141,7 @@ def parse_json(body: bytes) -> Any:
 
 def parse_retry_after(headers: Mapping[str, str]) -> float:
     """Seconds, 0 for none; a date counts from the answer's own `Date`."""
+    import email.utils  # slow
     value = headers.get("Retry-After", "")
     try:
         if value.isdigit():
@@ -257,7 +257,7 @@ def offer_of(metrics: Metrics, gpus: list[Gpu] | None, config: Config) -> Offer:
 
 
 class Trouble:
-    """Which lines are written: the 1st, 2nd, 4th, ..., then one in QUIET seconds, recoveries among them."""
+    """Which lines are written: the 1st, 2nd, 4th, ..., then one in QUIET seconds, recoveries too."""
 
     def __init__(self) -> None:
         self.last, self.told = float("-inf"), False
@@ -957,7 +957,7 @@ class Lines(logging.Handler):
 
 
 def main(argv: list[str] | None = None) -> int:
-    while os.open(os.devnull, os.O_RDWR) < 3:  # or a closed one becomes a socket
+    while os.open(os.devnull, os.O_RDWR) < 3:  # else a socket becomes one
         pass
     handler = Lines()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
