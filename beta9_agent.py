@@ -12,8 +12,6 @@ Reads   the files you name, /etc/machine-id, and through psutil and NVML CPU, me
 Writes  machine id and lock in its state folder, logs to standard error, answers to standard output.
 Exits   0 stopped as asked | 1 unexpected error, missing package | 2 bad option, variable or file
         69 gateway out of reach | 75 already running | 77 token refused | 78 machine refused as configured
-
-Functions call only what stands above; rooms 2 to 4 have no effects.
 """
 # ---- 1 What this program does
 from __future__ import annotations
@@ -82,8 +80,6 @@ EXIT_CODES = {Kind.DENIED: 77, Kind.FORBIDDEN: 77, Kind.REFUSED: 78}
 
 
 class Outcome(NamedTuple):
-    """What came of a request and what to do; times in seconds."""
-
     kind: Kind
     text: str = ""
     ttl: float | None = None
@@ -91,8 +87,6 @@ class Outcome(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """How the machine stands with its gateway; times of read_clock."""
-
     due: float
     ttl: float = 300.0
     registered: bool = False
@@ -185,7 +179,7 @@ def classify(call: str, status: int, headers: Mapping[str, str], body: bytes, ma
     fields = answer if isinstance(answer, dict) else {}
     state = fields["machine_state"] if isinstance(fields.get("machine_state"), dict) else {}
     good = fields is answer and status == 200 and (call == REGISTER or fields.get("status") == "ok")
-    if good and "error_code" not in fields and state.get("machine_id", machine_id) == machine_id:
+    if good and not fields.get("error_code") and state.get("machine_id", machine_id) == machine_id:
         ttl: Any = state.get("ttl_seconds")
         keys = fields.get("config")
         return Outcome(Kind.OK, visible(", ".join(keys)) if isinstance(keys, dict) else "",
@@ -231,7 +225,7 @@ def lease_after(lease: Lease, call: str, outcome: Outcome, now: float, interval:
         again = now if lease.reregistered is None else max(now, lease.reregistered + beat)
         return lease._replace(due=again, registered=False, failing_since=since, denied_since=None)
     denied = outcome.kind in (Kind.DENIED, Kind.FORBIDDEN)
-    pause = backoff(60.0 if denied else now - since, beat * 1.1, draw)
+    pause = backoff(60.0 if denied and lease.confirmed else now - since, beat * 1.1, draw)
     if outcome.retry_after:
         pause = min(outcome.retry_after, 120.0, ttl / 4) + draw(0.0, ttl / 12)
     return lease._replace(due=now + pause, failing_since=since,
@@ -241,9 +235,8 @@ def lease_after(lease: Lease, call: str, outcome: Outcome, now: float, interval:
 def exit_code_of(outcome: Outcome, lease: Lease, waited: float, now: float, config: Config) -> int | None:
     """Of a failure before the first ready, `waited` seconds after the start; None: try again."""
     limit = float("inf") if config.startup_timeout is None else config.startup_timeout
-    if outcome.kind is Kind.DENIED:
-        limit, waited = min(limit, DENIED_PATIENCE), now - (lease.denied_since or now)
-    final = config.once or outcome.kind in (Kind.FORBIDDEN, Kind.REFUSED) or waited >= limit
+    denied = now - (lease.denied_since or now) >= DENIED_PATIENCE
+    final = config.once or denied or waited >= limit or outcome.kind in (Kind.FORBIDDEN, Kind.REFUSED)
     return EXIT_CODES.get(outcome.kind, 69) if final else None
 
 
@@ -307,7 +300,7 @@ def rule(pattern: str, convert: Callable[[str], Any] = str, low: float = 0, high
 
 NUMBER = r"[0-9]{1,9}(\.[0-9]{1,9})?"
 TEXT = rule(r"[^\x00-\x20\x7f][^\x00-\x1f\x7f]*")
-TOKEN = rule(r"[\x21-\x7e]+", Secret)
+TOKEN = rule(r"[!#-\[\]-~]+", Secret)
 HOST = rule(r"\w[\w.-]{0,252}|\[?[0-9A-Fa-f.:]*:[0-9A-Fa-f.]*:[0-9A-Fa-f.]*\]?", lambda it: it.strip("[]"))
 SWITCH = rule("(?i:1|true|yes|on|0|false|no|off)", lambda text: text.lower() in ("1", "true", "yes", "on"))
 IDENTITY, GATEWAY, MACHINE, BEHAVIOUR = "identity", "gateway", "this machine", "behaviour"
@@ -333,7 +326,6 @@ class Option(NamedTuple):
         return self.name.replace("gateway_", "gateway.") if self.variable and self.name != "config" else ""
 
 
-# The one table: command line, environment, file, defaults, help, --dry-run.
 OPTIONS = [Option(*row) for row in (
     ("token", IDENTITY, TOKEN, None, "required: from `beta9 machine create`, without blanks or line ends"),
     ("token_file", IDENTITY, TEXT, None, "file with that token, - for standard input"),
@@ -398,7 +390,6 @@ def read_file(path: str) -> str:
 
 
 def read_config_file(path: str) -> dict[str, str]:
-    """Dotted keys to texts, as they are written: 00000001 is a machine id."""
     text = read_file(path)
     try:
         if text.lstrip()[:1] == "{":
@@ -418,11 +409,11 @@ def read_config_file(path: str) -> dict[str, str]:
         raise AgentError(f"--config: {visible(path)} line {line}: no YAML or JSON mapping, mend it") from None
     known = [option.key for option in OPTIONS]
     for key in found:
-        if key not in known:
+        if not key or key not in known:
             import difflib
             near = difflib.get_close_matches(key, known, 1, 0)[0]
             raise AgentError(f"--config: {visible(path)}: unknown key {visible(key)}, did you mean {near}?")
-    return {key: str(value or "") for key, value in found.items()}
+    return {key: "" if value in (None, "null", "~") else str(value) for key, value in found.items()}
 
 
 def read_settings(argv: list[str], environ: Any) -> dict[str, tuple[str, str]]:
@@ -430,7 +421,7 @@ def read_settings(argv: list[str], environ: Any) -> dict[str, tuple[str, str]]:
     if rest:  # perhaps a token
         word = visible(rest[0].split("=")[0]) if rest[0][:2] == "--" else "a word"
         raise AgentError(f"{word} is unknown; see --help")
-    path = parsed.config or environ.get("BETA9_CONFIG")
+    path = not parsed.version and (parsed.config or environ.get("BETA9_CONFIG"))
     file = read_config_file(path) if path else {}
     settings: dict[str, tuple[str, str]] = {}
     for option in OPTIONS:
@@ -463,6 +454,7 @@ def build_config(settings: Mapping[str, tuple[str, str]]) -> tuple[Config, list[
         elif path:
             try:
                 setattr(config, name, TOKEN(read_file(path).rstrip("\r\n")))
+                config.sources[name] = visible(path)
             except (AgentError, ValueError) as error:
                 problems.append(f"{name}_file: {str(error) or visible(path) + ' must hold the token alone'}")
     if config.dev and not config.token:
@@ -691,7 +683,7 @@ def read_machine_id(folder: str) -> str | None:
     try:
         with open(path, errors="replace") as file:
             kept = re.fullmatch(r"([0-9a-f]{8}) ([0-9a-f]{64}|-)\n", file.read(256))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError:
         kept = None
@@ -834,7 +826,9 @@ class Agent:
             elif not self.ready and stop.at is None and (
                     code := exit_code_of(outcome, self.lease, now - self.started, now, self.config)):
                 raise AgentError(f"giving up: {outcome.text}", code)
-            stop.wait_until(self.lease.due)
+            stop.wait_until(self.lease.due if self.ready else min(
+                self.lease.due, self.started + (self.config.startup_timeout or 1e9),
+                (self.lease.denied_since or 1e9) + DENIED_PATIENCE))
         LOG.info("stopping")
         if self.ready and outcome.kind is Kind.OK:  # leaves ready
             self.wire.send(REGISTER, self.payload(REGISTER), stop.at + 1.8 - read_clock())
@@ -957,6 +951,7 @@ class Lines(logging.Handler):
 
 
 def main(argv: list[str] | None = None) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     while os.open(os.devnull, os.O_RDWR) < 3:  # else a socket becomes one
         pass
     handler = Lines()

@@ -111,7 +111,7 @@ def test_layout_one_clock_is_read_and_nobody_sets_it():
 
 
 def test_layout_compressed_file_fits_user_data():
-    packed = subprocess.check_output(["gzip", "-9", "--no-name", "--stdout", str(SOURCE)])
+    packed = subprocess.check_output(["gzip", "-9", "--stdout", str(SOURCE)])
     assert len(packed) < 14800
 
 
@@ -536,7 +536,8 @@ def test_lease_after_retry_after_is_obeyed_within_reason_and_jittered(value, ttl
     (None, True, REFUSED, 0, None, 78), (None, False, DENIED, 0, 0, None),
     (None, False, DENIED, 900, 59, None),
     (None, False, DENIED, 60, 60, 77), (None, True, DENIED, 0, 0, 77), (0, False, DENIED, 0, 0, 77),
-    (30, False, DENIED, 900, 29, None), (30, False, DENIED, 30, 30, 77), (900, False, DENIED, 60, 60, 77)],
+    (30, False, DENIED, 29, 29, None), (30, False, DENIED, 900, 29, 77),
+    (30, False, DENIED, 30, 30, 77), (900, False, DENIED, 60, 60, 77)],
     ids=lambda value: getattr(value, "name", str(value)).lower())
 def test_exit_code_of_failure_before_first_ready(timeout, once, kind, waited, denied_for, code):
     config = config_of(*["--once"] * once, *([] if timeout is None else ["--startup-timeout", str(timeout)]))
@@ -2437,6 +2438,20 @@ def test_start_nobody_there_ends_with_69(box, gateway):
     assert process.wait(30) == 69 and "giving up" in process.log()
 
 
+def test_start_denied_ends_with_77_when_its_timeout_is_over(box, gateway):
+    gateway.always = says(401, b'{"message": "Unauthorized"}')
+    process = box.start(gateway, "--startup-timeout", "1", "--keepalive-interval", "60")
+    assert process.wait(30) == 77 and "machine create" in process.log()
+
+
+def test_start_interrupted_while_it_waits_for_its_token_leaves_no_traceback(box):
+    process = subprocess.Popen([sys.executable, PROGRAM, "--token-file", "-"], env=box.environ, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    folder = f"/proc/{process.pid}/fd"
+    wait(lambda: "/dev/null" in [os.readlink(entry.path) for entry in os.scandir(folder)])  # main has begun
+    assert stopped(process, signal.SIGINT) == -signal.SIGINT and process.communicate() == ("", "")
+
+
 # ---- 13 Entry
 BAD_STARTS = {
     "port": (["--gateway-port", "99999"], {}, ["--gateway-port", "65535"]),
@@ -2452,6 +2467,8 @@ BAD_STARTS = {
     "token-file-missing": (["--token-file", "/nowhere/token"], {"BETA9_TOKEN": ""}, ["/nowhere/token"]),
     "token-twice": (["--token-file", "-"], {}, ["--token-file", "BETA9_TOKEN"]),
     "config-missing": (["--config", "/nowhere/config"], {}, ["/nowhere/config"]),
+    "token-with-quote": (["--token", 'abcd"efgh'], {}, ["--token"]),
+    "token-with-backslash": (["--token", "abcd\\efgh"], {}, ["--token"]),
     "token-file-binary": (["--token-file", sys.executable], {"BETA9_TOKEN": ""}, [sys.executable]),
 }
 
@@ -2475,6 +2492,31 @@ def test_entry_token_from_elsewhere_is_sent(box, gateway, where):
     done = box.run(*options, "--once", "--gateway-host", "127.0.0.1", input=f"{TOKEN}\n", BETA9_TOKEN="")
     assert done.returncode == 0, done.stderr
     assert gateway.seen[-1].headers["Authorization"] == f"Bearer {TOKEN}"
+
+
+def test_entry_version_needs_no_settings(box):
+    done = box.run("--version", BETA9_CONFIG="/nonexistent", BETA9_TOKEN="")
+    digest = subprocess.check_output(["sha256sum", PROGRAM], text=True)[:12]
+    assert done.returncode == 0 and done.stdout == f"beta9-agent {b9.VERSION} ({digest})\n"
+
+
+@pytest.mark.parametrize("text", ["k3s_token: null\n", "k3s_token: ~\n", '{"k3s_token": null}'],
+                         ids=["null", "tilde", "json"])
+def test_config_file_null_is_unset(tmp_path, text):
+    (tmp_path / "c").write_text(text)
+    assert config_of("--config", str(tmp_path / "c")).k3s_token is None
+
+
+def test_config_file_empty_key_is_unknown(tmp_path):
+    (tmp_path / "c").write_text('{"": "true"}')
+    with pytest.raises(b9.AgentError, match="unknown key"):
+        settings_of("--config", str(tmp_path / "c"))
+
+
+def test_token_file_is_named_as_the_source(tmp_path):
+    (tmp_path / "t").write_text(MACHINE_TOKEN)
+    config, _ = settings_of("--token-file", str(tmp_path / "t"))
+    assert config.sources["token"] == str(tmp_path / "t")
 
 
 def test_entry_command_of_machine_create_pasted_whole_works(box):
