@@ -680,16 +680,11 @@ def read_fingerprint() -> str:
 
 def read_machine_id(folder: str) -> str | None:
     path = f"{folder}/machine-id"
-    try:
-        with open(path, errors="replace") as file:
-            kept = re.fullmatch(r"([0-9a-f]{8}) ([0-9a-f]{64}|-)\n", file.read(256))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError:
-        kept = None
-    if kept and kept[2] == read_fingerprint():
-        return kept[1]
-    LOG.warning("%s is %s: this machine gets a new id", path, "another machine's" if kept else "damaged")
+    if os.path.exists(path):
+        with contextlib.suppress(OSError), open(path, errors="replace") as file:
+            if kept := re.fullmatch(f"([0-9a-f]{{8}}) {read_fingerprint()}\n", file.read(256)):
+                return kept[1]
+        LOG.warning("%s is damaged or another machine's: this machine gets a new id", path)
     return None
 
 
@@ -705,13 +700,13 @@ def write_machine_id(folder: str, machine_id: str) -> None:
 
 def take_lock(folder: str, machine_id: str) -> Any:
     os.makedirs(folder, exist_ok=True)
-    file = open(f"{folder}/{machine_id}.lock", "a+")
+    file = open(f"{folder}/{machine_id}.lock", "a+", errors="replace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise AgentError(f"another agent keeps machine {machine_id}, pid {visible(file.read(20).strip())}:"
-                         " stop that one, or give another --machine-id", 75) from None
+        raise AgentError(f"pid {visible(file.read(20).strip())} runs as machine {machine_id}: stop it,"
+                         " or give another --machine-id", 75) from None
     file.truncate(0)
     os.write(file.fileno(), b"%d\n" % os.getpid())
     return file
@@ -916,23 +911,21 @@ def dry_run(config: Config, machine_id: str) -> int:
 
 def run(config: Config) -> int:
     stop, folder = Stop(), find_state_dir(config)
-    kept = config.machine_id or (None if config.dev else read_machine_id(folder))
+    kept = config.machine_id or not config.dev and read_machine_id(folder)
     machine_id = kept or os.urandom(4).hex()
     if config.dry_run:
         return dry_run(config, machine_id)
     if config.dev:
         gateway = StandIn(config.token.reveal(), ("external", config.pool_name))
         config.gateway_host, config.gateway_port = "127.0.0.1", start_stand_in(gateway)
-        return Agent(config, machine_id).run(stop)
-    with contextlib.ExitStack() as held:
+    else:
         try:
-            held.enter_context(take_lock(folder, machine_id))
+            config.lock = take_lock(folder, machine_id)
             if not kept:
                 write_machine_id(folder, machine_id)
         except OSError as error:
-            LOG.warning("%s cannot be written, %s: machine id and lock are not kept there; give --state-dir",
-                        visible(folder), error.strerror)
-        return Agent(config, machine_id).run(stop)
+            LOG.warning("no machine id and lock kept in %r, %s: give --state-dir", folder, error.strerror)
+    return Agent(config, machine_id).run(stop)
 
 
 # ---- 13 Entry
