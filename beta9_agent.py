@@ -834,14 +834,15 @@ class Agent:
 class StandIn:
     """The gateway of --dev, after gateway-api."""
 
-    def __init__(self, token: str, pools: tuple[str, ...], ttl: int = 300) -> None:
-        self.token, self.pools, self.ttl = token, pools, ttl
+    def __init__(self, token: str, pool: str, ttl: int = 300) -> None:
+        self.token, self.pool, self.ttl = token, pool, ttl
         self.known: dict[str, tuple[float, str]] = {}   # provider:pool:id -> until when, what is news
 
     def answer(self, path: str, bearer: str, body: bytes, now: float) -> tuple[int, dict[str, Any]]:
+        if bearer == "Bearer workspace-token":
+            return 403, {"message": "Invalid token"}
         if bearer != f"Bearer {self.token}":
-            return (403, {"message": "Invalid token"}) if "workspace" in bearer else (
-                401, {"message": "Unauthorized"})
+            return 401, {"message": "Unauthorized"}
         said, call = parse_json(body), path.removeprefix("/api/v1/machine/")
         if call not in (REGISTER, KEEPALIVE):
             return 404, {"message": "Not Found"}
@@ -849,26 +850,25 @@ class StandIn:
         if not isinstance(metrics, dict) or any(type(value) is not str for value in said.values()) or any(
                 type(value) is not int for name, value in metrics.items() if not name.endswith("_pct")):
             return 400, {"message": "Invalid payload"}
-        machine, pool = said.get("machine_id", ""), said.get("pool_name", "")
-        key = f"{said.get('provider_name', '')}:{pool}:{machine}"
-        state = {"machine_id": machine, "pool_name": pool, "ttl_seconds": self.ttl}
+        key = "{provider_name}:{pool_name}:{machine_id}".format(**said)
+        state = {name: said[name] for name in ("machine_id", "pool_name")} | {"ttl_seconds": self.ttl}
         if call == REGISTER:
             for name, right, wrong in (
                     ("cpu", r"\d+m?", "machine cpu value"), ("gpu_count", r"\d+", "gpu count"),
                     ("memory", r"\d+([KMG]i)?", "machine memory value"),
-                    ("pool_name", "|".join(map(re.escape, self.pools)), "pool name")):
-                if not re.fullmatch(right, said.get(name, "")):
+                    ("pool_name", re.escape(self.pool), "pool name")):
+                if not re.fullmatch(right, said[name]):
                     return 500, {"message": f"Invalid {wrong}"}
             self.known[key] = now + self.ttl, format_offer(said)
             return 200, {"config": None, "machine_state": state | {"status": "registered"}}
-        if not pool or not machine:
+        if "" in state.values():
             return 400, {"message": "machine_id and pool_name are required"}
         until, news = self.known.get(key, (now, ""))
         if until <= now:
             return 500, {"message": "Failed to update keepalive: failed to get machine state"
                          f" <provider:machine:{key}>: machine not found"}
         if news:
-            LOG.info("gateway: %s registered → ready, %s", machine, news)
+            LOG.info("gateway: %s registered → ready, %s", said["machine_id"], news)
         self.known[key] = now + self.ttl, ""
         return 200, {"status": "ok", "machine_state": state | {"status": "ready"}}
 
@@ -883,13 +883,10 @@ def start_stand_in(gateway: StandIn) -> int:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             status, answer = gateway.answer(self.path, self.headers["Authorization"], body, read_clock())
             data = json.dumps(answer).encode()
-            self.send_response(status)
+            self.send_response_only(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
-
-        def log_message(self, *args: Any) -> None:
-            pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -916,7 +913,7 @@ def run(config: Config) -> int:
     if config.dry_run:
         return dry_run(config, machine_id)
     if config.dev:
-        gateway = StandIn(config.token.reveal(), ("external", config.pool_name))
+        gateway = StandIn(config.token.reveal(), config.pool_name)
         config.gateway_host, config.gateway_port = "127.0.0.1", start_stand_in(gateway)
     else:
         try:

@@ -1374,8 +1374,8 @@ class Gateway:
     A fault is called with the Link; the connection is closed after it, unless it returns True.
     """
 
-    def __init__(self, ttl=300.0, host="127.0.0.1", pools=("external",)):
-        self.stand_in, self.host, self.port = b9.StandIn(TOKEN, pools, ttl), host, 0
+    def __init__(self, ttl=300.0, host="127.0.0.1", pool="external"):
+        self.stand_in, self.host, self.port = b9.StandIn(TOKEN, pool, ttl), host, 0
         self.seen, self.connections, self.open = [], 0, set()
         self.faults, self.always = collections.defaultdict(collections.deque), None
         self.start()
@@ -2285,7 +2285,7 @@ def payloads(*argv):
 
 @pytest.fixture
 def stand_in():
-    return b9.StandIn(MACHINE_TOKEN, ("external", "gpu"))
+    return b9.StandIn(MACHINE_TOKEN, "gpu")
 
 
 def test_stand_in_answers_have_the_shapes_of_the_gateway(stand_in):
@@ -2342,7 +2342,7 @@ def test_stand_in_error_is_that_of_the_gateway(call, change, bearer, status, mes
 
 
 def test_stand_in_forgets_by_its_ttl_and_each_call_renews_it():
-    stand_in = b9.StandIn(MACHINE_TOKEN, ("gpu",), 6)
+    stand_in = b9.StandIn(MACHINE_TOKEN, "gpu", 6)
     register, keepalive = payloads()
     assert ask(stand_in, KEEPALIVE, keepalive, 1000)[0] == 500
     assert ask(stand_in, REGISTER, register, 1000)[0] == 200
@@ -2524,7 +2524,7 @@ def test_token_file_is_named_as_the_source(tmp_path):
 
 
 def test_entry_command_of_machine_create_pasted_whole_works(box):
-    with contextlib.closing(Gateway(pools=("gpu",))) as gateway:
+    with contextlib.closing(Gateway(pool="gpu")) as gateway:
         process = box.start(
             gateway, "--token", TOKEN, "--machine-id", "1165A9B6", "--tailscale-url", "http://ts-url",
             "--tailscale-auth", "ts-auth-key", "--pool-name", "gpu", "--provider-name", "generic",
