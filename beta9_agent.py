@@ -775,19 +775,6 @@ class Agent:
             self.offer, self.lease = offer, self.lease._replace(registered=False)
         self.seen = offer
 
-    def step(self, stop: Stop) -> tuple[str, Outcome]:
-        interval = self.config.keepalive_interval
-        if next_call(self.lease, read_clock()) == KEEPALIVE:
-            self.look()
-        before, now = self.lease, read_clock()
-        call = next_call(before, now)
-        seconds = max(2.0, min(REQUEST_DEADLINE, beat_of(interval, before.ttl)))
-        outcome = self.wire.send(call, self.payload(call), seconds if stop.at is None else stop.at + 1 - now)
-        self.lease = lease_after(before, call, outcome, read_clock(), interval, random.uniform)
-        if self.lease.ttl != before.ttl and self.lease.ttl / 3 < interval:
-            LOG.info("a keepalive every %g s, a third of the gateway's TTL", self.lease.ttl / 3)
-        return call, outcome
-
     def report(self, call: str, outcome: Outcome, failing_since: float | None) -> None:
         now = read_clock()
         if outcome.kind is not Kind.OK:
@@ -808,17 +795,29 @@ class Agent:
                 return
             self.ready, self.told = True, now
 
+    def step(self, stop: Stop) -> Outcome:
+        interval = self.config.keepalive_interval
+        if self.lease.registered:
+            self.look()
+        before, now = self.lease, read_clock()
+        call = next_call(before, now)
+        seconds = max(2.0, min(REQUEST_DEADLINE, beat_of(interval, before.ttl)))
+        if stop.at:
+            seconds = stop.at + 1 - now
+        outcome = self.wire.send(call, self.payload(call), seconds)
+        self.lease = lease_after(before, call, outcome, read_clock(), interval, random.uniform)
+        if self.lease.ttl != before.ttl and self.lease.ttl / 3 < interval:
+            LOG.info("a keepalive every %g s, a third of the gateway's TTL", self.lease.ttl / 3)
+        self.report(call, outcome, before.failing_since)
+        return outcome
+
     def run(self, stop: Stop) -> int:
         self.announce()
         while stop.at is None:
-            failing_since = self.lease.failing_since
-            call, outcome = self.step(stop)
-            self.report(call, outcome, failing_since)
-            now = read_clock()
-            if outcome.kind is Kind.OK:
-                if self.config.once and call == KEEPALIVE:
-                    return 0
-            elif not self.ready and stop.at is None and (
+            outcome, now = self.step(stop), read_clock()
+            if self.ready and self.config.once:
+                return 0
+            if not (self.ready or stop.at or outcome.kind is Kind.OK) and (
                     code := exit_code_of(outcome, self.lease, now - self.started, now, self.config)):
                 raise AgentError(f"giving up: {outcome.text}", code)
             stop.wait_until(self.lease.due if self.ready else min(
