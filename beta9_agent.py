@@ -939,15 +939,16 @@ class Lines(logging.Handler):
                 os.write(2, line.encode(errors="backslashreplace") + b"\n")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     while os.open(os.devnull, os.O_RDWR) < 3:  # else a socket becomes one
         pass
     handler = Lines()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    LOG.handlers, LOG.propagate, LOG.level = [handler], False, logging.INFO
+    LOG.handlers = [handler]
+    LOG.setLevel(logging.INFO)
     try:
-        settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
+        settings = read_settings(argv, os.environ)
         if settings["version"][0] == "true":
             with open(__file__, "rb") as file:
                 print(f"beta9-agent {VERSION} ({hashlib.sha256(file.read()).hexdigest()[:12]})")
@@ -956,19 +957,20 @@ def main(argv: list[str] | None = None) -> int:
         handler.secrets[:] = filter(None, (config.token, config.k3s_token))
         if problems:
             raise AgentError(problems[0])
-        LOG.setLevel(logging.DEBUG if config.debug else logging.INFO)
+        if config.debug:
+            LOG.setLevel(logging.DEBUG)
         return run(config)
     except ModuleNotFoundError as error:
         LOG.error("%s is missing: `apt-get install python3-requests python3-psutil`, or `pip install requests"
                   " psutil nvidia-ml-py`, or `uv run beta9_agent.py`", error.name)
     except AgentError as error:
-        LOG.error("%s", error)
+        LOG.error(error)
         return error.code
     except Exception as error:
-        LOG.error("unexpected %s: please report it, with what --debug shows", type(error).__name__,
-                  exc_info=LOG.level == logging.DEBUG)
+        LOG.error("unexpected %s: please report it, with what --debug shows", type(error).__name__)
+        LOG.debug("where", exc_info=True)
     return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
