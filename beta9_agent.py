@@ -666,23 +666,22 @@ class Wire:
 # ---- 8 Disk
 def find_state_dir(config: Config) -> str:
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return (config.state_dir or os.environ.get("STATE_DIRECTORY")
-            or ("/var/lib" if os.geteuid() == 0 else home) + "/beta9-agent")
+    folder = f"{'/var/lib' if os.geteuid() == 0 else home}/beta9-agent"
+    return config.state_dir or os.environ.get("STATE_DIRECTORY") or folder
 
 
 def read_fingerprint() -> str:
     try:
-        with open("/etc/machine-id", "rb") as file:
-            return hashlib.sha256(b"beta9-agent" + file.read(256)).hexdigest()
-    except OSError:
+        return hashlib.sha256(b"beta9-agent" + read_file("/etc/machine-id").encode()).hexdigest()
+    except AgentError:
         return "-"
 
 
 def read_machine_id(folder: str) -> str | None:
     path = f"{folder}/machine-id"
     if os.path.exists(path):
-        with contextlib.suppress(OSError), open(path, errors="replace") as file:
-            if kept := re.fullmatch(f"([0-9a-f]{{8}}) {read_fingerprint()}\n", file.read(256)):
+        with contextlib.suppress(AgentError):
+            if kept := re.fullmatch(f"([0-9a-f]{{8}}) {read_fingerprint()}\n", read_file(path)):
                 return kept[1]
         LOG.warning("%s is damaged or another machine's: this machine gets a new id", path)
     return None
@@ -714,7 +713,7 @@ def take_lock(folder: str, machine_id: str) -> Any:
 
 # ---- 10 Loop
 class Stop:
-    """The stop flag, set by a signal; a second one meets the default action."""
+    """Set by a signal; a second one meets the default action."""
 
     def __init__(self) -> None:
         self.at: float | None = None
@@ -741,8 +740,7 @@ class Agent:
         self.started = self.told = read_clock()
         self.lease, self.trouble, self.ready = Lease(self.started), Trouble(), False
         self.metrics, self.gpus = self.host.sample()
-        self.offer = self.seen = {"cpu": "0m", "memory": "0Mi", "gpu_count": "0"} | offer_of(
-            self.metrics, self.gpus, config)
+        self.offer = self.seen = {"cpu": "0m", "gpu_count": "0"} | offer_of(self.metrics, self.gpus, config)
 
     def announce(self) -> None:
         config = self.config
@@ -752,7 +750,7 @@ class Agent:
         if not (config.hostname and config.k3s_token):
             LOG.warning("no worker can be deployed here without --hostname and --k3s-token: give both")
         for name, key in (("max_cpu", "cpu"), ("max_memory", "memory"), ("max_gpus", "gpu_count")):
-            if (getattr(config, name) or 0) > int(self.offer[key].rstrip("mMi")):
+            if (vars(config)[name] or 0) > int(self.offer[key].rstrip("mMi")):
                 LOG.warning("%s is above what is there, %s: lower it", name, self.offer[key])
         try:
             load_nvml()
@@ -783,11 +781,11 @@ class Agent:
                 say("%s: failure %d in %.1f s, %s; next try in %.1f s", call, self.trouble.count,
                     now - self.trouble.since, outcome.text, max(0, self.lease.due - now))
         elif call == REGISTER:
-            LOG.info("registered%s", outcome.text and f"; a config came, with keys {outcome.text}")
+            LOG.info("registered, config keys: %s", outcome.text or "none")
         else:
             if not self.ready:
                 LOG.info("ready after %.2f s", now - self.started)
-            elif failing_since is not None and self.trouble.recovery():
+            elif failing_since and self.trouble.recovery():
                 LOG.info("ready again after %.1f s", now - failing_since)
             elif now - self.told > QUIET:
                 LOG.info("ready, %s", format_offer(self.offer))
@@ -821,8 +819,8 @@ class Agent:
                     code := exit_code_of(outcome, self.lease, now - self.started, now, self.config)):
                 raise AgentError(f"giving up: {outcome.text}", code)
             stop.wait_until(self.lease.due if self.ready else min(
-                self.lease.due, self.started + (self.config.startup_timeout or 1e9),
-                (self.lease.denied_since or 1e9) + DENIED_PATIENCE))
+                self.lease.due, (self.lease.denied_since or 1e9) + DENIED_PATIENCE,
+                self.started + (self.config.startup_timeout or 1e9)))
         LOG.info("stopping")
         if self.ready and outcome.kind is Kind.OK:  # leaves ready
             self.wire.send(REGISTER, self.payload(REGISTER), stop.at + 1.8 - read_clock())
@@ -835,7 +833,7 @@ class StandIn:
 
     def __init__(self, token: str, pool: str, ttl: int = 300) -> None:
         self.token, self.pool, self.ttl = token, pool, ttl
-        self.known: dict[str, tuple[float, str]] = {}   # provider:pool:id -> until when, what is news
+        self.known: dict[str, tuple[float, str]] = {}   # until when, what is news
 
     def answer(self, path: str, bearer: str, body: bytes, now: float) -> tuple[int, dict[str, Any]]:
         if bearer == "Bearer workspace-token":
@@ -950,8 +948,7 @@ def main(argv: list[str]) -> int:
     try:
         settings = read_settings(argv, os.environ)
         if settings["version"][0] == "true":
-            with open(__file__, "rb") as file:
-                print(f"beta9-agent {VERSION} ({hashlib.sha256(file.read()).hexdigest()[:12]})")
+            print(f"beta9-agent {VERSION} ({hashlib.sha256(read_file(__file__).encode()).hexdigest()[:12]})")
             return 0
         config, problems = build_config(settings)
         handler.secrets[:] = filter(None, (config.token, config.k3s_token))
@@ -967,7 +964,7 @@ def main(argv: list[str]) -> int:
         LOG.error(error)
         return error.code
     except Exception as error:
-        LOG.error("unexpected %s: please report it, with what --debug shows", type(error).__name__)
+        LOG.error("unexpected %s: report it, with what --debug shows", type(error).__name__)
         LOG.debug("where", exc_info=True)
     return 1
 
