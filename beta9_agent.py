@@ -717,11 +717,11 @@ class Stop:
 
     def __init__(self) -> None:
         self.at: float | None = None
-        self.signals = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup: leave it so
-            self.signals.append(signal.SIGHUP)
-        for number in self.signals:
-            signal.signal(number, self.handle)
+        self.signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: leave it so
+            self.signals.pop()
+        for each in self.signals:
+            signal.signal(each, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
         self.at = read_clock()
@@ -750,7 +750,7 @@ class Agent:
         if not (config.hostname and config.k3s_token):
             LOG.warning("no worker can be deployed here without --hostname and --k3s-token: give both")
         for name, key in (("max_cpu", "cpu"), ("max_memory", "memory"), ("max_gpus", "gpu_count")):
-            if (vars(config)[name] or 0) > int(self.offer[key].rstrip("mMi")):
+            if (getattr(config, name) or 0) > int(self.offer[key].rstrip("mMi")):
                 LOG.warning("%s is above what is there, %s: lower it", name, self.offer[key])
         try:
             load_nvml()
@@ -804,7 +804,7 @@ class Agent:
             seconds = stop.at + 1 - now
         outcome = self.wire.send(call, self.payload(call), seconds)
         self.lease = lease_after(before, call, outcome, read_clock(), interval, random.uniform)
-        if self.lease.ttl != before.ttl and self.lease.ttl / 3 < interval:
+        if before.ttl != self.lease.ttl < 3 * interval:
             LOG.info("a keepalive every %g s, a third of the gateway's TTL", self.lease.ttl / 3)
         self.report(call, outcome, before.failing_since)
         return outcome
@@ -848,7 +848,7 @@ class StandIn:
                 type(value) is not int for name, value in metrics.items() if not name.endswith("_pct")):
             return 400, {"message": "Invalid payload"}
         key = "{provider_name}:{pool_name}:{machine_id}".format(**said)
-        state = {name: said[name] for name in ("machine_id", "pool_name")} | {"ttl_seconds": self.ttl}
+        state = {"machine_id": said["machine_id"], "pool_name": said["pool_name"], "ttl_seconds": self.ttl}
         if call == REGISTER:
             for name, right, wrong in (
                     ("cpu", r"\d+m?", "machine cpu value"), ("gpu_count", r"\d+", "gpu count"),
