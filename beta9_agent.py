@@ -704,8 +704,8 @@ def take_lock(folder: str, machine_id: str) -> Any:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise AgentError(f"pid {visible(file.read(20).strip())} runs as machine {machine_id}: stop it,"
-                         " or give another --machine-id", 75) from None
+        raise AgentError(f"pid {visible(file.read(20).strip())} keeps machine {machine_id}: stop it, or give"
+                         " another --machine-id", 75) from None
     file.truncate(0)
     os.write(file.fileno(), b"%d\n" % os.getpid())
     return file
@@ -782,16 +782,15 @@ class Agent:
                     now - self.trouble.since, outcome.text, max(0, self.lease.due - now))
         elif call == REGISTER:
             LOG.info("registered, config keys: %s", outcome.text or "none")
-        else:
-            if not self.ready:
-                LOG.info("ready after %.2f s", now - self.started)
-            elif failing_since and self.trouble.recovery():
-                LOG.info("ready again after %.1f s", now - failing_since)
-            elif now - self.told > QUIET:
-                LOG.info("ready, %s", format_offer(self.offer))
-            else:
-                return
+        elif not self.ready:
+            LOG.info("ready after %.2f s", now - self.started)
             self.ready, self.told = True, now
+        elif failing_since and self.trouble.recovery():
+            LOG.info("ready again after %.1f s", now - failing_since)
+            self.told = now
+        elif now - self.told > QUIET:
+            LOG.info("ready, %s", format_offer(self.offer))
+            self.told = now
 
     def step(self, stop: Stop) -> Outcome:
         interval = self.config.keepalive_interval
@@ -914,7 +913,7 @@ def run(config: Config) -> int:
         config.gateway_host, config.gateway_port = "127.0.0.1", start_stand_in(gateway)
     else:
         try:
-            config.lock = take_lock(folder, machine_id)
+            config.lock = take_lock(folder, machine_id)  # kept open
             if not kept:
                 write_machine_id(folder, machine_id)
         except OSError as error:
@@ -924,7 +923,7 @@ def run(config: Config) -> int:
 
 # ---- 13 Entry
 class Lines(logging.Handler):
-    """Scrubbed lines on standard error, which may be full, closed or stuck."""
+    """Scrubbed; standard error may be full, closed or stuck."""
 
     secrets: list[Secret] = []
 
