@@ -5,21 +5,20 @@
 # ///
 """Registers this machine with a Beta9 gateway and keeps it ready for work until told to stop.
 
-Please read it before you run it: it is handed a token that may run anything on this machine.
+Read it before you run it: its token may run anything on this machine.
 
-Sends   POST /api/v1/machine/register and /keepalive to the one gateway you name.
-Reads   the files you name, /etc/machine-id, and through psutil and NVML CPU, memory, disk, GPUs.
-Writes  machine id and lock in its state folder, logs to standard error, answers to standard output.
+Sends   POST /api/v1/machine/register and /keepalive to the gateway you name
+Reads   the files you name, /etc/machine-id, the hardware through psutil and NVML
+Writes  its state folder, logs to standard error, answers to standard output
 Exits   0 stopped as asked | 1 unexpected error, missing package | 2 bad option, variable or file
-        69 gateway out of reach | 75 already running | 77 token refused | 78 machine refused as configured
+        69 gateway out of reach | 75 already running | 77 token refused | 78 machine refused
 """
 # ---- 1 What this program does
-from __future__ import annotations
-
 import argparse
 import contextlib
 import enum
 import fcntl
+import functools
 import hashlib
 import ipaddress
 import json
@@ -33,21 +32,21 @@ import socket
 import sys
 import threading
 import time
+from socket import getaddrinfo
 from typing import Any, Callable, Mapping, NamedTuple
 
 if sys.version_info < (3, 10):
-    sys.exit("beta9-agent needs Python 3.10 or newer: get one, or start it with `uv run`")
+    sys.exit("Python 3.10 or newer is needed: get one, or use `uv run`")
 
 # ---- 2 Vocabulary
 VERSION = "0.1.0"
 REGISTER, KEEPALIVE = "register", "keepalive"
 SIZE_LIMIT = 64 * 1024      # bytes
 REQUEST_DEADLINE, HOST_DEADLINE = 10.0, 5.0
-DENIED_PATIENCE = 60.0      # the gateway says 401 for database trouble too
+DENIED_PATIENCE = 60.0      # 401 may be database trouble
 QUIET = 600.0
 LOG = logging.getLogger("beta9-agent")
-Draw = Callable[[float, float], float]
-Offer = dict[str, str]      # as registered
+Offer = dict[str, str]
 
 
 class AgentError(Exception):
@@ -57,10 +56,13 @@ class AgentError(Exception):
 
 
 class Secret:
-    """Shows its length only; revealed where a request is built."""
+    """Shows its length; revealed where a request is built."""
+
+    __seen: set[str] = set()
 
     def __init__(self, value: str) -> None:
         self.__value = value
+        self.__seen.add(value)
 
     def __repr__(self) -> str:
         return f"set ({len(self.__value)} characters)"
@@ -68,15 +70,23 @@ class Secret:
     def reveal(self) -> str:
         return self.__value
 
-    def scrub(self, text: str) -> str:
-        text = text.replace(self.__value, "[redacted]")
-        for at in range(len(self.__value) - 7):
-            text = text.replace(self.__value[at:at + 8], "[redacted]")
+    @classmethod
+    def scrub(cls, text: str) -> str:
+        """Masks every secret: whole, pieces of 8, URL-encoded, base64 at any shift."""
+        import base64
+        import urllib.parse
+        for value in cls.__seen:
+            forms = [value, *(urllib.parse.quote(value, safe) for safe in ("", "/"))]
+            forms += [re.sub("%..", lambda found: found[0].lower(), form) for form in forms[1:]]
+            forms += [base64.b64encode(bytes(shift) + value.encode(), signs).decode()
+                      for shift in range(3) for signs in (b"+/", b"-_")]
+            for piece in [value] + [form[at:at + 8] for form in forms for at in range(len(form) - 7)]:
+                text = text.replace(piece, "[redacted]")
         return text
 
 
-Kind = enum.Enum("Kind", "OK TROUBLE FORGOTTEN DENIED FORBIDDEN REFUSED")
-EXIT_CODES = {Kind.DENIED: 77, Kind.FORBIDDEN: 77, Kind.REFUSED: 78}
+Kind = enum.Enum("Kind", "OK TROUBLE FORGOTTEN DENIED FORBIDDEN REFUSED UNSAFE")
+EXIT_CODES = {Kind.DENIED: 77, Kind.FORBIDDEN: 77, Kind.REFUSED: 78, Kind.UNSAFE: 2}
 
 
 class Outcome(NamedTuple):
@@ -94,7 +104,7 @@ class Lease(NamedTuple):
     confirmed: float = 0.0
     failing_since: float | None = None
     denied_since: float | None = None
-    reregistered: float | None = None
+    reregistered: float = float("-inf")
 
 
 class Gpu(NamedTuple):
@@ -114,11 +124,14 @@ class Metrics(NamedTuple):
     free_gpu_count: int
 
 
+def format_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 class Config(argparse.Namespace):
     @property
     def gateway(self) -> str:
-        host = f"[{self.gateway_host}]" if ":" in self.gateway_host else self.gateway_host
-        return f"http://{host}:{self.gateway_port}"
+        return f"http{'s' * self.tls}://{format_host(self.gateway_host)}:{self.gateway_port}"
 
 
 # ---- 3 Decisions
@@ -133,6 +146,17 @@ def parse_json(body: bytes) -> Any:
         return None
 
 
+def is_private(address: str) -> bool:
+    """Loopback, private, link-local, shared (VPNs use it)."""
+    return any(ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in (
+        "127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16",
+        "::1", "fc00::/7", "fe80::/10"))
+
+
+def mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def parse_retry_after(headers: Mapping[str, str]) -> float:
     """Seconds, 0 for none; a date counts from the answer's own `Date`."""
     import email.utils  # slow
@@ -142,33 +166,33 @@ def parse_retry_after(headers: Mapping[str, str]) -> float:
             return float(value)
         until, sent = map(email.utils.parsedate_to_datetime, (value, headers.get("Date", "")))
         return max(0.0, (until - sent).total_seconds())
-    except (ValueError, TypeError, IndexError, OverflowError):
+    except Exception:  # of any kind, from hostile bytes
         return 0.0
 
 
 def format_body(body: bytes) -> str:
     """Of `config`, which holds secrets, the keys alone."""
-    value = parse_json(body)
-    if not isinstance(value, dict):
-        return "not shown" if b"config" in body else visible(body.decode(errors="replace"), 1000)
-    if value.get("config") is not None:
-        value["config"] = list(value["config"]) if isinstance(value["config"], dict) else "not shown"
-    return visible(json.dumps(value), 1000)
+    fields = mapping(parse_json(body))
+    if fields.get("config"):
+        fields["config"] = list(mapping(fields["config"]))
+    elif not fields and b"config" in body:
+        return "not shown"
+    return visible(json.dumps(fields) if fields else body.decode(errors="replace"), 1000)
 
 
-# Patterns on "call status text", of which the first holds. Source: gateway-api, where 500 can mean anything.
-NEW_TOKEN = "get a new one with `beta9 machine create --pool {pool_name}`"
-TRY_HEALTH = "check --gateway-host and --gateway-port, try `curl {gateway}/api/v1/health`"
+# The first that matches "call status text" holds. Source: gateway-api, where 500 can mean anything.
+NEW_TOKEN = "get a new one with `beta9 machine create --pool {config.pool_name}`"
+TRY_HEALTH = "check --gateway-host and --gateway-port, try `curl {config.gateway}/api/v1/health`"
 ANSWERS = (
     ("keepalive .*(machine_expired|machine.not.found)", Kind.FORGOTTEN, "registering again"),
-    (".*invalid.pool", Kind.REFUSED, "the gateway has no pool {pool_name}, check --pool-name"),
+    (".*invalid.pool", Kind.REFUSED, "the gateway has no pool {config.pool_name}, check --pool-name"),
     (".*(invalid (machine|gpu|payload)|are required)", Kind.REFUSED, "see what is sent with --dry-run"),
     (".*unable to create remote config|keepalive 404 not found", Kind.REFUSED,
-     "an upstream gateway, which has no keepalive route; the Beta9 fork is needed"),
-    (r"\S+ 401|.*invalid_token", Kind.DENIED, "wrong or inactive token, or database trouble: " + NEW_TOKEN),
+     "an upstream gateway, without keepalive route: the Beta9 fork is needed"),
+    (r"\S+ 401|.*invalid_token", Kind.DENIED, "wrong token or database trouble: " + NEW_TOKEN),
     (r"\S+ 403", Kind.FORBIDDEN, "no machine token, or expired: " + NEW_TOKEN),
     (r"\S+ 3", Kind.TROUBLE, "redirects are never followed, " + TRY_HEALTH),
-    (r"\S+ (5|429)", Kind.TROUBLE, "trouble on the gateway or its Redis, " + TRY_HEALTH),
+    (r"\S+ (5|429)", Kind.TROUBLE, "trouble on the gateway, " + TRY_HEALTH),
     ("", Kind.TROUBLE, "is this the gateway? " + TRY_HEALTH),
 )
 
@@ -176,26 +200,27 @@ ANSWERS = (
 def classify(call: str, status: int, headers: Mapping[str, str], body: bytes, machine_id: str,
              config: Config) -> Outcome:
     answer = parse_json(body)
-    fields = answer if isinstance(answer, dict) else {}
-    state = fields["machine_state"] if isinstance(fields.get("machine_state"), dict) else {}
+    fields = mapping(answer)
+    state = mapping(fields.get("machine_state"))
     good = fields is answer and status == 200 and (call == REGISTER or fields.get("status") == "ok")
     if good and not fields.get("error_code") and state.get("machine_id", machine_id) == machine_id:
         ttl: Any = state.get("ttl_seconds")
-        keys = fields.get("config")
-        return Outcome(Kind.OK, visible(", ".join(keys)) if isinstance(keys, dict) else "",
+        return Outcome(Kind.OK, visible(", ".join(mapping(fields.get("config")))),
                        ttl if type(ttl) in (int, float) and 1 <= ttl <= 86400 else None)
-    said = " ".join(str(fields[key]) for key in ("error_code", "message", "suggestion") if fields.get(key))
+    said = " ".join(str(text) for text in map(fields.get, ("error_code", "message", "suggestion")) if text)
     line = f"{call} {status} {said}".lower()
     kind, remedy = next(row[1:] for row in ANSWERS if re.match(row[0], line, re.S))
     if status // 100 == 3:
         said = f"redirect to {headers.get('Location')}"
+        same_host = f"redirect to https://{re.escape(format_host(config.gateway_host))}(:[0-9]+)?(/|$)"
+        if not config.tls and re.match(same_host, said):
+            remedy = "never followed: give --tls and its port"
     came = visible(said or f"{headers.get('Content-Type')} {format_body(body) or 'empty'}")
-    remedy = remedy.format(**vars(config), gateway=config.gateway)
-    return Outcome(kind, f"{status} {came}: {remedy}", None,
+    return Outcome(kind, f"{status} {came}: {remedy.format(config=config)}", None,
                    parse_retry_after(headers) if status in (429, 503) else 0.0)
 
 
-def backoff(failing_for: float, cap: float, draw: Draw) -> float:
+def backoff(failing_for: float, cap: float, draw: Callable[[float, float], float]) -> float:
     """Seconds: full jitter under a ceiling that grows, drawn after the cap."""
     ceiling = min(max(4.0, min(failing_for, 60.0)), cap)
     return draw(min(1.0, ceiling / 4), ceiling)
@@ -209,34 +234,35 @@ def next_call(lease: Lease, now: float) -> str:
     return KEEPALIVE if lease.registered and now - lease.confirmed <= lease.ttl else REGISTER
 
 
-def lease_after(lease: Lease, call: str, outcome: Outcome, now: float, interval: float, draw: Draw) -> Lease:
+def lease_after(lease: Lease, call: str, outcome: Outcome, now: float, interval: float,
+                draw: Callable[[float, float], float]) -> Lease:
     """What a `call` that ended so at `now` makes of the lease."""
     ttl = outcome.ttl or lease.ttl
     beat = beat_of(interval, ttl)
-    if outcome.kind is Kind.OK and call == REGISTER:  # kept alive at once, as it gets no work before
-        return lease._replace(due=now, ttl=ttl, registered=True, kept=False, confirmed=now, denied_since=None,
-                              reregistered=now if lease.confirmed else None)
+    since = lease.failing_since or now
+    denied = outcome.kind in (Kind.DENIED, Kind.FORBIDDEN)
+    lease = lease._replace(ttl=ttl, denied_since=(lease.denied_since or now) if denied else None)
+    if outcome.kind is Kind.OK and call == REGISTER:  # kept alive at once: no work before
+        return lease._replace(due=now, registered=True, kept=False, confirmed=now,
+                              reregistered=now if lease.confirmed else lease.reregistered)
     if outcome.kind is Kind.OK:  # the overdue is sent once
         pause = beat * (draw(0.9, 1.1) if lease.kept else draw(0.1, 1.0))
-        return Lease(lease.due + pause if lease.due + pause > now else now + pause, ttl, True, True, now,
-                     reregistered=lease.reregistered)
-    since = now if lease.failing_since is None else lease.failing_since
+        return lease._replace(due=pause + (lease.due if lease.due + pause > now else now), kept=True,
+                              confirmed=now, failing_since=None)
     if outcome.kind is Kind.FORGOTTEN:  # at once, then once in an interval
-        again = now if lease.reregistered is None else max(now, lease.reregistered + beat)
-        return lease._replace(due=again, registered=False, failing_since=since, denied_since=None)
-    denied = outcome.kind in (Kind.DENIED, Kind.FORBIDDEN)
+        return lease._replace(due=max(now, lease.reregistered + beat), registered=False, failing_since=since)
     pause = backoff(60.0 if denied and lease.confirmed else now - since, beat * 1.1, draw)
     if outcome.retry_after:
         pause = min(outcome.retry_after, 120.0, ttl / 4) + draw(0.0, ttl / 12)
-    return lease._replace(due=now + pause, failing_since=since,
-                          denied_since=(lease.denied_since or now) if denied else None)
+    return lease._replace(due=now + pause, failing_since=since)
 
 
 def exit_code_of(outcome: Outcome, lease: Lease, waited: float, now: float, config: Config) -> int | None:
-    """Of a failure before the first ready, `waited` seconds after the start; None: try again."""
-    limit = float("inf") if config.startup_timeout is None else config.startup_timeout
+    """Of a failure before the first ready; None to try again."""
+    late = config.startup_timeout is not None and waited >= config.startup_timeout
     denied = now - (lease.denied_since or now) >= DENIED_PATIENCE
-    final = config.once or denied or waited >= limit or outcome.kind in (Kind.FORBIDDEN, Kind.REFUSED)
+    final = config.once or late or denied or outcome.kind in (
+        Kind.FORBIDDEN, Kind.REFUSED, Kind.UNSAFE)
     return EXIT_CODES.get(outcome.kind, 69) if final else None
 
 
@@ -250,7 +276,7 @@ def offer_of(metrics: Metrics, gpus: list[Gpu] | None, config: Config) -> Offer:
 
 
 class Trouble:
-    """Which lines are written: the 1st, 2nd, 4th, ..., then one in QUIET seconds, recoveries too."""
+    """Writes the 1st, 2nd, 4th, ... line, then one in QUIET seconds, recoveries too."""
 
     def __init__(self) -> None:
         self.last, self.told = float("-inf"), False
@@ -272,7 +298,7 @@ class Trouble:
 
 # ---- 4 Wire shapes and texts
 def register_payload(config: Config, machine_id: str, offer: Offer, private_ip: str) -> dict[str, Any]:
-    """Every value a string; `token` is that of k3s. Source: gateway-api."""
+    """All strings; `token` is that of k3s. Source: gateway-api."""
     return {"token": config.k3s_token or "", "machine_id": machine_id, "provider_name": config.provider_name,
             "pool_name": config.pool_name, "hostname": config.hostname or f"machine-{machine_id}",
             "private_ip": private_ip, **offer}
@@ -289,29 +315,34 @@ def format_offer(offer: Offer) -> str:
 
 
 # ---- 5 Configuration
-def rule(pattern: str, convert: Callable[[str], Any] = str, low: float = 0, high: float = 1e9) -> Any:
-    """A parser that raises ValueError; the option's help says what is right."""
+def rule(pattern: str, convert: Callable[[str], Any] = str, low: float = 0, high: float = 0) -> Any:
+    """A parser that raises ValueError; help says what is right."""
     def parse(text: str) -> Any:
-        if not re.fullmatch(pattern, text, re.ASCII) or pattern == NUMBER and not low <= float(text) <= high:
+        if not re.fullmatch(pattern, text, re.ASCII) or high and not low <= float(text) <= high:
             raise ValueError
         return convert(text)
     return parse
 
 
 NUMBER = r"[0-9]{1,9}(\.[0-9]{1,9})?"
-TEXT = rule(r"[^\x00-\x20\x7f][^\x00-\x1f\x7f]*")
+TEXT = rule(r"(?! )[^\x00-\x1f\x7f]+")
 TOKEN = rule(r"[!#-\[\]-~]+", Secret)
-HOST = rule(r"\w[\w.-]{0,252}|\[?[0-9A-Fa-f.:]*:[0-9A-Fa-f.]*:[0-9A-Fa-f.]*\]?", lambda it: it.strip("[]"))
-SWITCH = rule("(?i:1|true|yes|on|0|false|no|off)", lambda text: text.lower() in ("1", "true", "yes", "on"))
-IDENTITY, GATEWAY, MACHINE, BEHAVIOUR = "identity", "gateway", "this machine", "behaviour"
+HOST = rule(r"(?i)\w[\w.-]{0,252}|\[?([0-9a-f.]*:){2,}[0-9a-f.]*\]?", lambda text: text.strip("[]"))
+SWITCH = rule("(?i)1|true|yes|on|0|false|no|off", lambda text: text.lower() in "1 true yes on")
+
+
+def read_ca_file(path: str) -> str:
+    import ssl
+    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    return path
 
 
 class Option(NamedTuple):
-    name: str
     group: str
+    name: str
     parse: Callable[[str], Any]
-    default: str | None
     help: str
+    default: str | None = None
 
     @property
     def flag(self) -> str:
@@ -323,56 +354,65 @@ class Option(NamedTuple):
 
     @property
     def key(self) -> str:
-        return self.name.replace("gateway_", "gateway.") if self.variable and self.name != "config" else ""
+        section = "gateway." if self.group == "gateway" else ""
+        return section + self.name.removeprefix("gateway_") if self.variable and self.name != "config" else ""
 
 
-OPTIONS = [Option(*row) for row in (
-    ("token", IDENTITY, TOKEN, None, "required: from `beta9 machine create`, without blanks or line ends"),
-    ("token_file", IDENTITY, TEXT, None, "file with that token, - for standard input"),
-    ("machine_id", IDENTITY, rule("[0-9A-Fa-f]{8}", str.lower), None, "8 hex characters, else generated"),
-    ("pool_name", IDENTITY, TEXT, "external", "worker pool, not empty"),
-    ("provider_name", IDENTITY, TEXT, "generic", "provider of the pool, not empty"),
-    ("hostname", IDENTITY, HOST, None, "host or IP of this machine for the gateway, without scheme or port"),
-    ("k3s_token", IDENTITY, TOKEN, None, "token for this machine's k3s, without blanks or line ends"),
-    ("k3s_token_file", IDENTITY, TEXT, None, "file with that token, - for standard input"),
-    ("gateway_host", GATEWAY, HOST, "localhost", "host or IP of the gateway, without scheme or port"),
-    ("gateway_port", GATEWAY, rule(NUMBER, int, 1, 65535), "1994", "its HTTP port, 1 to 65535"),
-    ("private_ip", MACHINE, rule(".+", lambda text: str(ipaddress.ip_address(text))), None,
-     "IP address of this machine, else found"),
-    ("max_cpu", MACHINE, rule(NUMBER, lambda text: int(float(text) * 1000)), None, "cores to offer, 6.5 say"),
-    ("max_memory", MACHINE, rule("[0-9]{1,9}[MG]i", lambda text: int(text[:-2]) << 10 * ("G" in text)), None,
-     "memory to offer, 48Gi or 49152Mi say"),
-    ("max_gpus", MACHINE, rule("[0-9]{1,5}", int), None, "count of GPUs to offer"),
-    ("state_dir", MACHINE, TEXT, None, "folder for machine id and lock, /var/lib/beta9-agent for root"),
-    ("keepalive_interval", BEHAVIOUR, rule(NUMBER, float, 0.1, 240), "60",
-     "seconds between keepalives, 0.1 to 240"),
-    ("startup_timeout", BEHAVIOUR, rule(NUMBER, float), None,
-     "seconds to try a gateway that does not answer, 0 for one try"),
-    ("debug", BEHAVIOUR, SWITCH, "false", "log requests, answers, tracebacks; 1 true yes on, 0 false no off"),
-    ("config", BEHAVIOUR, TEXT, None, "YAML or JSON file of these settings"),
-    ("once", BEHAVIOUR, SWITCH, "false", "register, keep alive once, exit"),
-    ("dry_run", BEHAVIOUR, SWITCH, "false", "show settings and what would be sent"),
-    ("dev", BEHAVIOUR, SWITCH, "false", "try it with a stand-in gateway, without a token"),
-    ("version", BEHAVIOUR, SWITCH, "false", "version and SHA-256 of this file"),
-)]
+OPTIONS = [Option(group, *row) for group, rows in {
+    "identity": (
+        ("token", TOKEN, "required: from `beta9 machine create`, without blanks or line ends"),
+        ("token_file", TEXT, "file with that token, - for standard input"),
+        ("machine_id", rule("(?i)[0-9a-f]{8}", str.lower), "8 hex characters, else generated"),
+        ("pool_name", TEXT, "worker pool, not empty", "external"),
+        ("provider_name", TEXT, "provider of the pool, not empty", "generic"),
+        ("hostname", HOST, "host or IP of this machine for the gateway, without scheme or port"),
+        ("k3s_token", TOKEN, "token for this machine's k3s, without blanks or line ends"),
+        ("k3s_token_file", TEXT, "file with that token, - for standard input"),
+    ),
+    "gateway": (
+        ("gateway_host", HOST, "host or IP of the gateway, without scheme or port", "localhost"),
+        ("gateway_port", rule(NUMBER, int, 1, 65535), "its HTTP port, 1 to 65535", "1994"),
+        ("tls", SWITCH, "https, verified", "false"),
+        ("ca_file", read_ca_file, "PEM file of the roots to trust instead"),
+        ("allow_cleartext", SWITCH, "http to public addresses too", "false"),
+    ),
+    "this machine": (
+        ("private_ip", lambda text: str(ipaddress.ip_address(text)), "address of this machine, else found"),
+        ("max_cpu", rule(NUMBER, lambda text: int(float(text) * 1000)), "cores to offer, 6.5 say"),
+        ("max_memory", rule("[0-9]{1,9}[MG]i", lambda text: int(text[:-2]) << 10 * ("G" in text)),
+         "memory to offer, 48Gi or 49152Mi say"),
+        ("max_gpus", rule("[0-9]{1,5}", int), "count of GPUs to offer"),
+        ("state_dir", TEXT, "folder for machine id and lock, /var/lib/beta9-agent for root"),
+    ),
+    "behaviour": (
+        ("keepalive_interval", rule(NUMBER, float, 0.1, 240), "seconds from beat to beat, 0.1 to 240", "60"),
+        ("startup_timeout", rule(NUMBER, float), "seconds to try a gateway that is away, 0 for one try"),
+        ("debug", SWITCH, "log requests and answers; 1 true yes on, 0 false no off", "false"),
+        ("config", TEXT, "YAML or JSON file of these settings"),
+        ("once", SWITCH, "register, keep alive once, exit", "false"),
+        ("dry_run", SWITCH, "show settings and what would be sent", "false"),
+        ("dev", SWITCH, "try it with a stand-in gateway, without a token", "false"),
+        ("version", SWITCH, "version and SHA-256 of this file", "false"),
+    ),
+}.items() for row in rows]
 SECRETS = ("token", "k3s_token")
 UNUSED = ["--tailscale-url", "--tailscale-auth", "--flux-upstream", "--flux-branch", "--flux-github-token"]
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise AgentError(message.split("'")[0] + ": see --help")
+        shown = re.sub(r"(?s)['\"].*|(arguments(: --[\w-]+)?).*", r"\1", message)  # no token
+        raise AgentError(f"{shown}: see --help")
 
 
 def build_parser() -> Parser:
     parser = Parser("beta9_agent.py", "beta9_agent.py [options]", __doc__.split("\n")[0], allow_abbrev=False)
-    groups = {name: parser.add_argument_group(name) for name in (IDENTITY, GATEWAY, MACHINE, BEHAVIOUR)}
+    group_named = functools.cache(parser.add_argument_group)
     for option in OPTIONS:
-        kind: dict[str, Any] = {"action": "store_const", "const": "true"} if option.parse is SWITCH else {}
-        notes = "".join(f" [{note}]" for note in (option.variable, option.default) if note)
-        groups[option.group].add_argument(option.flag, help=option.help + notes, **kind)
-    for flag in UNUSED:
-        groups[BEHAVIOUR].add_argument(flag, help="taken, not used")
+        action = "store_true" if option.parse is SWITCH else "store"
+        notes = ", ".join(filter(None, (option.variable, option.default)))
+        group_named(option.group).add_argument(option.flag, action=action, help=f"{option.help} [{notes}]")
+    group_named("behaviour").add_argument(*UNUSED, dest="unused", help="taken, not used")
     return parser
 
 
@@ -381,12 +421,12 @@ def read_file(path: str) -> str:
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             data = file.read(SIZE_LIMIT + 1)
-        if len(data) <= SIZE_LIMIT and b"\0" not in data:
-            return data.decode()
-        reason = "binary or over 64 KiB"
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "no text")
-    raise AgentError(f"{visible(path)} cannot be read, {reason}: check path and permissions")
+        if len(data) > SIZE_LIMIT:
+            raise ValueError
+        return data.decode()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", "no text, or over 64 KiB")
+        raise AgentError(f"{visible(path)} cannot be read, {reason}: check path and permissions") from None
 
 
 def read_config_file(path: str) -> dict[str, str]:
@@ -402,67 +442,63 @@ def read_config_file(path: str) -> dict[str, str]:
         if any(isinstance(value, (dict, list)) for value in found.values()):
             raise ValueError
     except ModuleNotFoundError:
-        raise AgentError("--config: YAML needs `apt-get install python3-yaml` or `pip install pyyaml`;"
-                         " JSON needs neither", 1) from None
+        raise
     except Exception as error:  # its text may quote a token
-        line = getattr(getattr(error, "problem_mark", None), "line", getattr(error, "lineno", 0) - 1) + 1
-        raise AgentError(f"--config: {visible(path)} line {line}: no YAML or JSON mapping, mend it") from None
-    known = [option.key for option in OPTIONS]
-    for key in found:
-        if not key or key not in known:
-            import difflib
-            near = difflib.get_close_matches(key, known, 1, 0)[0]
-            raise AgentError(f"--config: {visible(path)}: unknown key {visible(key)}, did you mean {near}?")
+        lines = ", ".join(re.findall("line [0-9]+", str(error)))
+        raise AgentError(f"--config: {visible(path)} {lines}: no YAML or JSON mapping, mend it") from None
+    known = [option.key for option in OPTIONS if option.key]
+    for key in found.keys() - known:
+        import difflib
+        near = difflib.get_close_matches(key, known, 1, 0)[0]
+        raise AgentError(f"--config: {visible(path)}: unknown key {visible(key)}, did you mean {near}?")
     return {key: "" if value in (None, "null", "~") else str(value) for key, value in found.items()}
 
 
 def read_settings(argv: list[str], environ: Any) -> dict[str, tuple[str, str]]:
-    parsed, rest = build_parser().parse_known_args(argv)
-    if rest:  # perhaps a token
-        word = visible(rest[0].split("=")[0]) if rest[0][:2] == "--" else "a word"
-        raise AgentError(f"{word} is unknown; see --help")
+    parsed = build_parser().parse_args(argv)
     path = not parsed.version and (parsed.config or environ.get("BETA9_CONFIG"))
     file = read_config_file(path) if path else {}
-    settings: dict[str, tuple[str, str]] = {}
+    settings = {}
     for option in OPTIONS:
-        take = environ.pop if option.name in SECRETS else environ.get
         given = getattr(parsed, option.name)
         for text, source in ((option.default, "default"), (file.get(option.key), visible(path)),
-                             (take(option.variable, ""), option.variable), (given, option.flag)):
+                             (environ.pop(option.variable, ""), option.variable), (given, option.flag)):
             if text or text is given == "":
                 settings[option.name] = str(text), source
-    if unused := [flag for flag in UNUSED if getattr(parsed, flag[2:].replace("-", "_"))]:
-        LOG.info("%s: not used, neither Tailscale nor Flux is needed", ", ".join(unused))
+    if parsed.unused:
+        LOG.info("Tailscale and Flux are not used: %s", ", ".join(UNUSED))
     return settings
 
 
-def build_config(settings: Mapping[str, tuple[str, str]]) -> tuple[Config, list[str]]:
-    config, problems = Config(sources={name: source for name, (_, source) in settings.items()}), []
-    for option in OPTIONS:
-        text, source = settings.get(option.name, (None, ""))
-        setattr(config, option.name, None)
-        try:
-            setattr(config, option.name, text if text is None else option.parse(text))
-        except ValueError:
-            shown = "" if option.name in SECRETS else f" {visible(text, 60)}"
-            problems.append(f"{option.flag}: the value{shown} from {source} will not do, give: {option.help}")
+def build_config(given: Mapping[str, tuple[str, str]]) -> Config:
+    settings, config = dict(given), Config(sources={}, files={})
     for name in SECRETS:
-        path = getattr(config, name + "_file")
+        path, source = settings.get(name + "_file", ("", ""))
         if path and name in settings:
-            both = f"{name} from {settings[name][1]}, {name}_file from {settings[name + '_file'][1]}"
-            problems.append(f"{both}: give one of them")
-        elif path:
+            raise AgentError(f"{name} from {settings[name][1]}, {name}_file from {source}: give one of them")
+        if path:
             try:
-                setattr(config, name, TOKEN(read_file(path).rstrip("\r\n")))
-                config.sources[name] = visible(path)
-            except (AgentError, ValueError) as error:
-                problems.append(f"{name}_file: {str(error) or visible(path) + ' must hold the token alone'}")
-    if config.dev and not config.token:
+                settings[name] = read_file(path).rstrip("\r\n"), visible(path)
+            except AgentError as error:
+                raise AgentError(f"{name}_file: {error}") from None
+            if os.path.isfile(path):
+                config.files[name] = path
+    for option in OPTIONS:
+        setattr(config, option.name, None)
+        if option.name in settings:
+            text, source = settings[option.name]
+            config.sources[option.name] = source
+            try:
+                setattr(config, option.name, option.parse(text))
+            except (ValueError, OSError):
+                shown = " the value" if option.name in SECRETS else f" {visible(text, 60)}"
+                raise AgentError(
+                    f"{option.flag}:{shown} from {source} will not do, give: {option.help}") from None
+    if not config.token:
+        if not config.dev:
+            raise AgentError("--token is missing: give --token-file, or " + NEW_TOKEN.format(config=config))
         config.token = Secret(os.urandom(16).hex())
-    elif not config.token and not problems:
-        problems.append("--token is missing: give --token-file or BETA9_TOKEN, from"
-                        f" `beta9 machine create --pool {config.pool_name}`")
-    return config, problems
+    return config
 
 
 # ---- 6 Machine facts
@@ -479,13 +515,8 @@ def ring(number: int, frame: Any) -> None:
     raise DeadlinePassed
 
 
-def cut_call(seconds: float) -> None:
-    if signal.getitimer(signal.ITIMER_REAL)[0] > seconds:
-        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
-
-
 def call_within(seconds: float, call: Callable[[], Any]) -> Any:
-    """One deadline for all of `call`. Raises TimeoutError."""
+    """One deadline for the whole call. Raises TimeoutError."""
     signal.signal(signal.SIGALRM, ring)
     try:
         try:
@@ -499,7 +530,7 @@ def call_within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 class Aside:
-    """Asks what no alarm interrupts in a daemon thread; one at most is stuck."""
+    """A daemon thread for what no alarm interrupts; one at most is stuck."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
@@ -519,39 +550,34 @@ class Aside:
         done = threading.Event()
         threading.Thread(target=run, daemon=True).start()
         self.done = done
-        done.wait()  # join would be wrong: interrupted, it takes the thread for dead
+        done.wait()  # an interrupted join takes the thread for dead
         return self.answer
 
 
 def load_nvml() -> Any:
     """None without a driver, as importing it is slow. Raises ImportError."""
-    if "pynvml" not in sys.modules:
-        import ctypes
-        try:
-            ctypes.CDLL("libnvidia-ml.so.1")
-        except OSError:
-            return None
-    import pynvml
-    return pynvml
+    import ctypes
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libnvidia-ml.so.1")
+        import pynvml
+        return pynvml
 
 
 def read_gpu(nvml: Any, index: int) -> Gpu:
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         name = nvml.nvmlDeviceGetName(handle)
-        return Gpu(visible(name.decode() if isinstance(name, bytes) else name, 60),
-                   not nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        return Gpu(visible(name, 60), not nvml.nvmlDeviceGetComputeRunningProcesses(handle))
     except nvml.NVMLError:
         return Gpu("", False)
 
 
 def list_gpus() -> list[Gpu] | None:
-    """None where a driver cannot say. NVML is closed, so that the driver can be upgraded."""
-    try:
+    """None where a driver cannot say. NVML is closed for driver upgrades."""
+    nvml = None
+    with contextlib.suppress(ImportError):
         nvml = load_nvml()
-    except ImportError:
-        return []
-    if nvml is None:
+    if not nvml:
         return []
     try:
         nvml.nvmlInit()
@@ -567,17 +593,17 @@ def find_private_ip(config: Config) -> str:
     """Towards the gateway, else towards the default route, else the first that fits."""
     import psutil
     found = []
+    for target in (config.gateway_host, "198.51.100.1"):  # RFC 5737; nothing is sent
+        with contextlib.suppress(OSError):
+            first = getaddrinfo(
+                target, 9, type=socket.SOCK_DGRAM, flags=config.dry_run * socket.AI_NUMERICHOST)[0]
+            with socket.socket(*first[:2]) as udp:
+                udp.connect(first[4])
+                found.append(udp.getsockname()[0])
     with contextlib.suppress(OSError):
-        found = [(name, entry.address) for name, entries in psutil.net_if_addrs().items()
-                 for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
-    for target in ("198.51.100.1", config.gateway_host):  # RFC 5737; nothing is sent
-        if not config.dry_run or re.fullmatch(r"[0-9.]+|.*:.*", target):
-            with contextlib.suppress(OSError), socket.socket(
-                    socket.AF_INET6 if ":" in target else socket.AF_INET, socket.SOCK_DGRAM) as udp:
-                udp.connect((target, 9))
-                found.insert(0, ("", udp.getsockname()[0]))
-    fits = (ip for name, ip in found if not re.match(r"127\.|::1$|169\.254\.|fe80:", ip)
-            and not name.startswith(("docker", "cni", "flannel", "veth")))
+        found += [entry.address for name, entries in psutil.net_if_addrs().items() for entry in entries
+                  if entry.family != psutil.AF_LINK and not re.match("docker|cni|flannel|veth", name)]
+    fits = (ip for ip in found if not re.match(r"127\.|::1$|169\.254\.|fe80:", ip))
     return config.private_ip or next(fits, "")
 
 
@@ -592,7 +618,7 @@ class Host:
             answer = call_within(seconds, lambda: aside.ask(question))
             return None if isinstance(answer, Exception) else answer
         except (TimeoutError, RuntimeError):  # no thread to be had
-            LOG.warning("%s hangs, its part is unknown until it answers: see `dmesg`", what)
+            LOG.warning("%s hangs and is unknown until it answers: see `dmesg`", what)
 
     def sample(self) -> tuple[Metrics, list[Gpu] | None]:
         import psutil
@@ -604,21 +630,26 @@ class Host:
 
 
 # ---- 7 Wire
+# The first that matches the error holds.
 FAILURES = (
-    (ConnectionRefusedError, "connection refused: is the gateway running, or the SSH tunnel up?"
-     " `ssh -L {gateway_port}:localhost:31994 your-gateway-host`, "),
-    ((TimeoutError, DeadlinePassed), "no whole answer in time: "),
-    (socket.gaierror, "no address for {gateway_host}: check the DNS, "),
-    (BaseException, "the connection broke, {error!r}: is the SSH tunnel up? "),
+    ("connection ?refused", "connection refused: is the gateway running, or the SSH tunnel up?"
+     " `ssh -L {config.gateway_port}:localhost:31994 your-gateway-host`, "),
+    ("Timeout|DeadlinePassed", "no whole answer in time: "),
+    ("gaierror", "no address for {config.gateway_host}: check the DNS, "),
+    ("certificate has expired", "its certificate has expired: renew it, check this clock, "),
+    ("mismatch|doesn't match", "its certificate is not for {config.gateway_host}: give its name, "),
+    ("VERIFY_FAILED", "its certificate's issuer is unknown: give it as --ca-file, "),
+    ("SSL", "no TLS 1.2 there: cleartext port? "),
+    ("", "the connection broke, {error!r}: is the SSH tunnel up? "),
 )
 
 
-def describe_failure(error: BaseException, config: Config) -> str:
-    chain = [error]
-    while inner := chain[-1].__context__:
-        chain.append(inner)
-    text = next(text for kind, text in FAILURES for each in chain if isinstance(each, kind))
-    return visible((text + TRY_HEALTH).format(**vars(config), gateway=config.gateway, error=error), 400)
+def describe_failure(error: BaseException, config: Config) -> Outcome:
+    if isinstance(error, AgentError):
+        return Outcome(Kind.UNSAFE, str(error))
+    text = next(text for pattern, text in FAILURES if re.search(pattern, repr(error), re.I))
+    return Outcome(Kind.TROUBLE, visible((text + TRY_HEALTH).format(
+        config=config, error=error), 400))
 
 
 class Wire:
@@ -627,40 +658,53 @@ class Wire:
     def __init__(self, config: Config) -> None:
         import requests
         self.config, self.resolver, self.adapter = config, Aside(), requests.adapters.HTTPAdapter(1, 1)
+        socket.getaddrinfo = self.look_up
 
-    def exchange(self, request: Any, seconds: float) -> tuple[int, Mapping[str, str], bytes]:
-        """Without requests' session, which follows redirects and obeys ~/.netrc."""
+    def look_up(self, host: Any, port: Any, *rest: Any, **named: Any) -> Any:
+        """Every connection, a proxy's too, begins here. Raises AgentError."""
+        config = self.config
+        found = self.resolver.ask(lambda: getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=config.dry_run * socket.AI_NUMERICHOST))
+        if isinstance(found, Exception):
+            raise found
+        for *_, address in found:
+            if not (config.tls or config.allow_cleartext or is_private(address[0])):
+                raise AgentError(f"{host} is at {address[0]}, where others could read the tokens:"
+                                 " give --tls, --allow-cleartext or an SSH tunnel")
+        if config.dry_run:
+            raise OSError  # enough
+        return found
+
+    def exchange(self, call: str, payload: dict[str, Any], seconds: float) -> tuple[int, Any, bytes]:
+        """No requests session: it follows redirects and obeys ~/.netrc."""
         import requests
-        proxies = {}
-        if not re.match(r"http://(localhost|127\.|\[::1)", request.url):
-            proxies = requests.utils.get_environ_proxies(request.url)
-            found = proxies or self.resolver.ask(lambda: socket.getaddrinfo(self.config.gateway_host, 0))
-            if isinstance(found, Exception):
-                raise found
-        answer = self.adapter.send(request, True, seconds, proxies=proxies)
+        config = self.config
+        local = re.fullmatch(r"localhost|127\.[0-9.]+|::1", config.gateway_host)
+        proxies = {} if local else requests.utils.get_environ_proxies(config.gateway)
+        headers = {"Authorization": f"Bearer {config.token.reveal()}", "Accept-Encoding": "identity",
+                   "Content-Type": "application/json"}
+        text = json.dumps(payload, separators=(",", ":"), default=Secret.reveal)
+        request = requests.Request(
+            "POST", f"{config.gateway}/api/v1/machine/{call}", headers, data=text).prepare()
+        LOG.debug("> POST %s %s %s", request.url, headers, visible(text, 1000))
+        answer = self.adapter.send(request, True, seconds, config.ca_file or True, proxies=proxies)
         body = answer.raw.read(SIZE_LIMIT + 1, decode_content=False)
         answer.raw.release_conn()
         return answer.status_code, answer.headers, body
 
     def send(self, call: str, payload: dict[str, Any], seconds: float) -> Outcome:
-        import requests
-        headers = {"Authorization": f"Bearer {self.config.token.reveal()}", "Accept-Encoding": "identity",
-                   "Content-Type": "application/json", "User-Agent": f"beta9-agent/{VERSION}"}
-        text = json.dumps(payload, separators=(",", ":"), default=Secret.reveal)
-        request = requests.Request("POST", f"{self.config.gateway}/api/v1/machine/{call}", headers, data=text)
-        LOG.debug("> POST %s %s %s", request.url, headers, visible(text, 1000))
         start = read_clock()
         try:
-            status, fields, body = call_within(seconds, lambda: self.exchange(request.prepare(), seconds))
+            status, fields, body = call_within(seconds, lambda: self.exchange(call, payload, seconds))
             LOG.debug("< %d in %.1f ms %s %s", status, (read_clock() - start) * 1000, visible(fields, 1000),
                       format_body(body))
             if len(body) > SIZE_LIMIT:
                 raise OverflowError("over 64 KiB")
             return classify(call, status, fields, body, payload["machine_id"], self.config)
         except Exception as error:  # of any kind, from hostile bytes
-            LOG.debug("< nothing", exc_info=True)
+            LOG.debug("<", exc_info=True)
             self.adapter.close()
-            return Outcome(Kind.TROUBLE, describe_failure(error, self.config))
+            return describe_failure(error, self.config)
 
 
 # ---- 8 Disk
@@ -697,21 +741,28 @@ def write_machine_id(folder: str, machine_id: str) -> None:
     os.replace(path + ".new", path)
 
 
-def take_lock(folder: str, machine_id: str) -> Any:
-    os.makedirs(folder, exist_ok=True)
-    file = open(f"{folder}/{machine_id}.lock", "a+", errors="replace")
+def take_lock(path: str) -> Any:
+    """Its time is the last confirmed keepalive, for monitors."""
+    file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        raise AgentError(f"pid {visible(file.read(20).strip())} keeps machine {machine_id}: stop it, or give"
-                         " another --machine-id", 75) from None
+        pid = visible(read_file(path).strip())
+        raise AgentError(f"pid {pid} keeps this machine: stop it, or give another --machine-id", 75) from None
     file.truncate(0)
-    os.write(file.fileno(), b"%d\n" % os.getpid())
+    print(os.getpid(), file=file, flush=True)
+    os.utime(path, (0, 0))
     return file
 
 
 # ---- 10 Loop
+def notify(state: str) -> None:
+    """Tells systemd. Source: sd_notify(3)."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
+            unix.sendto(state.encode(), socket.MSG_DONTWAIT, re.sub("^@", "\0", path))
+
+
 class Stop:
     """Set by a signal; a second one meets the default action."""
 
@@ -727,10 +778,12 @@ class Stop:
         self.at = read_clock()
         for each in self.signals:
             signal.signal(each, signal.SIG_DFL)
-        cut_call(1.0)
+        if signal.getitimer(signal.ITIMER_REAL)[0] > 1:  # cuts the call in flight
+            signal.setitimer(signal.ITIMER_REAL, 1, 0.5)
 
     def wait_until(self, due: float) -> None:
         while self.at is None and (left := due - read_clock()) > 0:
+            notify("WATCHDOG=1")
             time.sleep(min(left, 0.25))
 
 
@@ -738,7 +791,7 @@ class Agent:
     def __init__(self, config: Config, machine_id: str) -> None:
         self.config, self.machine_id, self.host, self.wire = config, machine_id, Host(), Wire(config)
         self.started = self.told = read_clock()
-        self.lease, self.trouble, self.ready = Lease(self.started), Trouble(), False
+        self.lease, self.ready, self.trouble, self.stale = Lease(self.started), False, Trouble(), Trouble()
         self.metrics, self.gpus = self.host.sample()
         self.offer = self.seen = {"cpu": "0m", "gpu_count": "0"} | offer_of(self.metrics, self.gpus, config)
 
@@ -746,16 +799,22 @@ class Agent:
         config = self.config
         LOG.info("beta9-agent %s: machine %s, pool %s, gateway %s, offers %s%s", VERSION, self.machine_id,
                  config.pool_name, config.gateway, format_offer(self.offer),
-                 "".join(f", {gpu.name or 'a lost one'}" for gpu in self.gpus or ()))
+                 "".join(f", {gpu.name or 'lost'}" for gpu in self.gpus or ()))
         if not (config.hostname and config.k3s_token):
-            LOG.warning("no worker can be deployed here without --hostname and --k3s-token: give both")
+            LOG.warning("no worker can be deployed here: give --hostname and --k3s-token")
         for name, key in (("max_cpu", "cpu"), ("max_memory", "memory"), ("max_gpus", "gpu_count")):
             if (getattr(config, name) or 0) > int(self.offer[key].rstrip("mMi")):
                 LOG.warning("%s is above what is there, %s: lower it", name, self.offer[key])
+        for name in SECRETS:
+            source = config.sources.get(name, "")
+            if source[:2] == "--":
+                LOG.warning("%s shows in `ps`: use %s-file", source, source)
+            elif name in config.files and os.stat(config.files[name]).st_mode & 0o77:
+                LOG.warning("others can read %s: `chmod 600` it", source)
         try:
             load_nvml()
         except ImportError:
-            LOG.warning("an NVIDIA driver but 0 GPUs: `pip install nvidia-ml-py`, start again")
+            LOG.warning("an NVIDIA driver, 0 GPUs: `pip install nvidia-ml-py`, start again")
 
     def payload(self, call: str) -> dict[str, Any]:
         if call == KEEPALIVE:
@@ -764,7 +823,7 @@ class Agent:
         return register_payload(self.config, self.machine_id, self.offer, ip or "")
 
     def look(self) -> None:
-        with contextlib.suppress(OSError):  # no files left: what is known has to do
+        with contextlib.suppress(OSError):  # no files left: what is known must do
             self.metrics, self.gpus = self.host.sample()
         offer = self.offer | offer_of(self.metrics, self.gpus, self.config)
         if offer == self.seen != self.offer:
@@ -772,6 +831,15 @@ class Agent:
                         format_offer(self.offer), format_offer(offer))
             self.offer, self.lease = offer, self.lease._replace(registered=False)
         self.seen = offer
+
+    def refresh(self) -> None:
+        """Tokens may have been rotated."""
+        for name, path in self.config.files.items():
+            try:
+                setattr(self.config, name, TOKEN(read_file(path).rstrip("\r\n")))
+            except (AgentError, ValueError) as error:
+                if self.stale.fault(read_clock()):
+                    LOG.warning("%s: %s, the last one serves", name, error)
 
     def report(self, call: str, outcome: Outcome, failing_since: float | None) -> None:
         now = read_clock()
@@ -782,15 +850,19 @@ class Agent:
                     now - self.trouble.since, outcome.text, max(0, self.lease.due - now))
         elif call == REGISTER:
             LOG.info("registered, config keys: %s", outcome.text or "none")
-        elif not self.ready:
-            LOG.info("ready after %.2f s", now - self.started)
+        else:
+            with contextlib.suppress(OSError):
+                os.utime(self.config.lock_path)
+            if not self.ready:
+                LOG.info("ready after %.2f s", now - self.started)
+                notify("READY=1")
+            elif failing_since and self.trouble.recovery():
+                LOG.info("ready again after %.1f s", now - failing_since)
+            elif now - self.told > QUIET:
+                LOG.info("ready, %s", format_offer(self.offer))
+            else:
+                return
             self.ready, self.told = True, now
-        elif failing_since and self.trouble.recovery():
-            LOG.info("ready again after %.1f s", now - failing_since)
-            self.told = now
-        elif now - self.told > QUIET:
-            LOG.info("ready, %s", format_offer(self.offer))
-            self.told = now
 
     def step(self, stop: Stop) -> Outcome:
         interval = self.config.keepalive_interval
@@ -801,10 +873,11 @@ class Agent:
         seconds = max(2.0, min(REQUEST_DEADLINE, beat_of(interval, before.ttl)))
         if stop.at:
             seconds = stop.at + 1 - now
+        self.refresh()
         outcome = self.wire.send(call, self.payload(call), seconds)
         self.lease = lease_after(before, call, outcome, read_clock(), interval, random.uniform)
         if before.ttl != self.lease.ttl < 3 * interval:
-            LOG.info("a keepalive every %g s, a third of the gateway's TTL", self.lease.ttl / 3)
+            LOG.info("a keepalive every %g s, a third of the TTL", self.lease.ttl / 3)
         self.report(call, outcome, before.failing_since)
         return outcome
 
@@ -820,6 +893,7 @@ class Agent:
             stop.wait_until(self.lease.due if self.ready else min(
                 self.lease.due, (self.lease.denied_since or 1e9) + DENIED_PATIENCE,
                 self.started + (self.config.startup_timeout or 1e9)))
+        notify("STOPPING=1")
         LOG.info("stopping")
         if self.ready and outcome.kind is Kind.OK:  # leaves ready
             self.wire.send(REGISTER, self.payload(REGISTER), stop.at + 1.8 - read_clock())
@@ -827,62 +901,28 @@ class Agent:
 
 
 # ---- 11 Stand-in gateway
-class StandIn:
-    """The gateway of --dev, after gateway-api."""
-
-    def __init__(self, token: str, pool: str, ttl: int = 300) -> None:
-        self.token, self.pool, self.ttl = token, pool, ttl
-        self.known: dict[str, tuple[float, str]] = {}   # until when, what is news
-
-    def answer(self, path: str, bearer: str, body: bytes, now: float) -> tuple[int, dict[str, Any]]:
-        if bearer == "Bearer workspace-token":
-            return 403, {"message": "Invalid token"}
-        if bearer != f"Bearer {self.token}":
-            return 401, {"message": "Unauthorized"}
-        said, call = parse_json(body), path.removeprefix("/api/v1/machine/")
-        if call not in (REGISTER, KEEPALIVE):
-            return 404, {"message": "Not Found"}
-        metrics = said.pop("metrics", {}) if isinstance(said, dict) else None
-        if not isinstance(metrics, dict) or any(type(value) is not str for value in said.values()) or any(
-                type(value) is not int for name, value in metrics.items() if not name.endswith("_pct")):
-            return 400, {"message": "Invalid payload"}
-        key = "{provider_name}:{pool_name}:{machine_id}".format(**said)
-        state = {"machine_id": said["machine_id"], "pool_name": said["pool_name"], "ttl_seconds": self.ttl}
-        if call == REGISTER:
-            for name, right, wrong in (
-                    ("cpu", r"\d+m?", "machine cpu value"), ("gpu_count", r"\d+", "gpu count"),
-                    ("memory", r"\d+([KMG]i)?", "machine memory value"),
-                    ("pool_name", re.escape(self.pool), "pool name")):
-                if not re.fullmatch(right, said[name]):
-                    return 500, {"message": f"Invalid {wrong}"}
-            self.known[key] = now + self.ttl, format_offer(said)
-            return 200, {"config": None, "machine_state": state | {"status": "registered"}}
-        if "" in state.values():
-            return 400, {"message": "machine_id and pool_name are required"}
-        until, news = self.known.get(key, (now, ""))
-        if until <= now:
-            return 500, {"message": "Failed to update keepalive: failed to get machine state"
-                         f" <provider:machine:{key}>: machine not found"}
-        if news:
-            LOG.info("gateway: %s registered → ready, %s", said["machine_id"], news)
-        self.known[key] = now + self.ttl, ""
-        return 200, {"status": "ok", "machine_state": state | {"status": "ready"}}
-
-
-def start_stand_in(gateway: StandIn) -> int:
+def start_stand_in() -> int:
+    """The gateway of --dev, after gateway-api, trusting its client. Returns the port."""
     import http.server
+    offers: dict[str, str] = {}     # until ready
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            status, answer = gateway.answer(self.path, self.headers["Authorization"], body, read_clock())
-            data = json.dumps(answer).encode()
-            self.send_response_only(status)
-            self.send_header("Content-Length", str(len(data)))
+            said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            state = {key: said[key] for key in ("machine_id", "pool_name")} | {"ttl_seconds": 300}
+            if self.path.endswith(REGISTER):
+                offers[said["machine_id"]] = format_offer(said)
+                text = json.dumps({"config": None, "machine_state": state | {"status": "registered"}})
+            else:
+                if offer := offers.pop(said["machine_id"], None):
+                    LOG.info("gateway: %s registered → ready, %s", said["machine_id"], offer)
+                text = json.dumps({"status": "ok", "machine_state": state | {"status": "ready"}})
+            self.send_response_only(200)
+            self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(text.encode())
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -897,8 +937,10 @@ def dry_run(config: Config, machine_id: str) -> int:
         print(f"{option.name}: {'missing' if value is None else visible(value)}  ({source})")
     agent = Agent(config, machine_id)
     for call in (REGISTER, KEEPALIVE):
-        body = json.dumps(agent.payload(call), indent=2, default=str)
-        print(f"POST {config.gateway}/api/v1/machine/{call} {body}")
+        payload = agent.payload(call)
+        with contextlib.suppress(OSError):  # ends before it connects
+            agent.wire.exchange(call, payload, 1)
+        print(f"POST {config.gateway}/api/v1/machine/{call} {json.dumps(payload, indent=2, default=str)}")
     return 0
 
 
@@ -906,64 +948,60 @@ def run(config: Config) -> int:
     stop, folder = Stop(), find_state_dir(config)
     kept = config.machine_id or not config.dev and read_machine_id(folder)
     machine_id = kept or os.urandom(4).hex()
+    config.lock_path = f"{folder}/{machine_id}.lock"
     if config.dry_run:
         return dry_run(config, machine_id)
     if config.dev:
-        gateway = StandIn(config.token.reveal(), config.pool_name)
-        config.gateway_host, config.gateway_port = "127.0.0.1", start_stand_in(gateway)
+        config.gateway_host, config.gateway_port = "127.0.0.1", start_stand_in()
     else:
         try:
-            config.lock = take_lock(folder, machine_id)  # kept open
+            os.makedirs(folder, exist_ok=True)
+            config.lock = take_lock(config.lock_path)
             if not kept:
                 write_machine_id(folder, machine_id)
         except OSError as error:
-            LOG.warning("no machine id and lock kept in %r, %s: give --state-dir", folder, error.strerror)
+            LOG.warning("no machine id and lock in %r, %s: give --state-dir", folder, error.strerror)
     return Agent(config, machine_id).run(stop)
 
 
 # ---- 13 Entry
 class Lines(logging.Handler):
-    """Scrubbed; standard error may be full, closed or stuck."""
+    """Scrubbed; standard error may be full, closed, stuck or a journal."""
 
-    secrets: list[Secret] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
-        for secret in self.secrets:
-            line = secret.scrub(line)
+    def emit(self, record: Any) -> None:
+        text = Secret.scrub("\n".join(visible(line, 4000) for line in self.format(record).split("\n")))
+        notify("STATUS=" + text.split("\n")[0])
+        before = f"{logging.Formatter().formatTime(record)} {record.levelname} "
         with contextlib.suppress(OSError):
+            if os.environ.get("JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2)):
+                before = f"<{' 7643'[record.levelno // 10]}>"
             if select.select([], [2], [], 0)[1]:
-                os.write(2, line.encode(errors="backslashreplace") + b"\n")
+                os.write(2, f"{before}{text}\n".encode(errors="backslashreplace"))
 
 
 def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    while os.open(os.devnull, os.O_RDWR) < 3:  # else a socket becomes one
+    while os.open(os.devnull, os.O_RDWR) < 3:  # a closed one
         pass
-    handler = Lines()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    LOG.handlers = [handler]
+    LOG.handlers = [Lines()]
     LOG.setLevel(logging.INFO)
     try:
         settings = read_settings(argv, os.environ)
-        if settings["version"][0] == "true":
+        if settings["version"][0] == "True":
             print(f"beta9-agent {VERSION} ({hashlib.sha256(read_file(__file__).encode()).hexdigest()[:12]})")
             return 0
-        config, problems = build_config(settings)
-        handler.secrets[:] = filter(None, (config.token, config.k3s_token))
-        if problems:
-            raise AgentError(problems[0])
+        config = build_config(settings)
         if config.debug:
             LOG.setLevel(logging.DEBUG)
         return run(config)
     except ModuleNotFoundError as error:
-        LOG.error("%s is missing: `apt-get install python3-requests python3-psutil`, or `pip install requests"
-                  " psutil nvidia-ml-py`, or `uv run beta9_agent.py`", error.name)
+        LOG.error("%s is missing: `apt-get install python3-requests python3-psutil python3-yaml`, or `pip"
+                  " install requests psutil nvidia-ml-py pyyaml`, or `uv run beta9_agent.py`", error.name)
     except AgentError as error:
         LOG.error(error)
         return error.code
     except Exception as error:
-        LOG.error("unexpected %s: report it, with what --debug shows", type(error).__name__)
+        LOG.error("unexpected %s: report what --debug shows", type(error).__name__)
         LOG.debug("where", exc_info=True)
     return 1
 
