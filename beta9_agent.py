@@ -810,7 +810,7 @@ class Agent:
             if source[:2] == "--":
                 LOG.warning("%s shows in `ps`: use %s-file", source, source)
             elif name in config.files and os.stat(config.files[name]).st_mode & 0o77:
-                LOG.warning("others can read %s: `chmod 600` it", source)
+                LOG.warning("others can read the token: `chmod 600 %s`", source)
         try:
             load_nvml()
         except ImportError:

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import pathlib
+import plistlib
 import queue
 import random
 import re
@@ -2171,7 +2172,175 @@ def test_lock_left_by_a_dead_process_does_not_block(box, gateway):
     box.ready(gateway, "--machine-id", "1165a9b6")
 
 
+def test_lock_time_is_that_of_the_last_confirmed_keepalive(box, gateway):
+    lock = box.folder / "state/1165a9b6.lock"
+    gateway.faults[KEEPALIVE].extend([says(500)] * 2)
+    process = box.start(gateway, "--machine-id", "1165a9b6")
+    wait(lambda: len(gateway.calls(KEEPALIVE)) == 2, process.log)
+    assert lock.stat().st_mtime == 0  # registered, not kept alive
+    for _ in range(2):
+        os.utime(lock, (1, 1))
+        gateway.ready_again()
+        wait(lambda: abs(lock.stat().st_mtime - time.time()) < 600, process.log)
+    gateway.always = says(500)
+    after = len(gateway.seen)
+    wait(lambda: len(gateway.seen) > after + 1, process.log)
+    os.utime(lock, (1, 1))
+    after = len(gateway.seen)
+    wait(lambda: len(gateway.seen) > after + 1, process.log)
+    assert lock.stat().st_mtime == 1
+
+
+def test_lock_folder_removed_under_the_agent_stays_ready(box, gateway):
+    process = box.ready(gateway)
+    shutil.rmtree(box.folder / "state")
+    gateway.ready_again()
+    assert not (box.folder / "state").exists() and "Traceback" not in process.log() and stopped(process) == 0
+
+
 # ---- 10 Loop
+def bearer(link):
+    return link.headers["Authorization"].removeprefix("Bearer ")
+
+
+def test_token_file_rotated_is_followed_without_a_restart(box, gateway):
+    path, k3s = box.folder / "token", box.folder / "k3s"
+    path.write_text(TOKEN + "\n")
+    k3s.write_text(K3S + "\n")
+    process = box.ready(gateway, "--token-file", str(path), "--k3s-token-file", str(k3s), BETA9_TOKEN="")
+    assert bearer(gateway.seen[0]) == TOKEN and gateway.seen[0].json["token"] == K3S
+    path.write_text(SECRET + "\n")
+    k3s.write_text("another-" + K3S)
+    gateway.contract.token = SECRET
+    gateway.forget()
+    gateway.ready_again()
+    assert bearer(gateway.seen[-1]) == SECRET
+    assert gateway.calls(REGISTER)[-1].json["token"] == "another-" + K3S
+    assert process.poll() is None and leaks(process.log(), TOKEN, SECRET, K3S, "another-" + K3S) == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"two words", b"\xff\0", b"x" * 70000],
+                         ids=["removed", "empty", "two-words", "binary", "large"])
+def test_token_file_spoilt_later_the_last_token_serves_with_few_warnings(box, gateway, content):
+    path = box.folder / "token"
+    path.write_text(TOKEN + "\n")
+    process = box.ready(gateway, "--token-file", str(path), BETA9_TOKEN="")
+    path.unlink() if content is None else path.write_bytes(content)
+    for _ in range(12):
+        gateway.ready_again()
+    assert {bearer(link) for link in gateway.seen} == {TOKEN}
+    warnings = [line for line in process.log().splitlines() if "WARNING token:" in line]
+    assert 1 < len(warnings) < 6 and all("the last one serves" in line for line in warnings)
+    path.write_text("new-" + TOKEN)
+    gateway.contract.token = "new-" + TOKEN
+    wait(lambda: bearer(gateway.seen[-1]) == "new-" + TOKEN, process.log)
+
+
+@pytest.mark.parametrize("mode, warned", [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
+@pytest.mark.parametrize("flag", ["--token-file", "--k3s-token-file"])
+def test_token_file_that_others_can_read_is_warned_of_with_its_chmod(box, flag, mode, warned):
+    path = box.folder / "token-file"
+    path.write_text(K3S)
+    path.chmod(mode)
+    variables = {"BETA9_TOKEN": ""} if flag == "--token-file" else {}
+    done = box.run("--dev", "--once", flag, str(path), **variables)
+    assert done.returncode == 0 and (f"`chmod 600 {path}`" in done.stderr) is warned, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--token", "--k3s-token"])
+def test_token_on_the_command_line_is_warned_of_once(box, flag):
+    done = box.run("--dev", "--once", flag, SECRET)
+    assert done.stderr.count(f"{flag} shows in `ps`: use {flag}-file") == 1 and done.stderr.count("`ps`") == 1
+    assert SECRET not in done.stderr
+    variable = "BETA9_" + flag.strip("-").upper().replace("-", "_")
+    assert "`ps`" not in box.run("--dev", "--once", **{variable: SECRET}).stderr
+
+
+class Systemd:
+    """A notify socket, and all that it heard."""
+
+    def __init__(self, path):
+        self.sock, self.heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM), []
+        self.sock.bind(path.replace("@", "\0", 1))
+
+    def listen(self):
+        self.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.heard.append(self.sock.recv(9999).decode())
+        return self.heard
+
+    def close(self):
+        self.sock.close()
+
+    def status(self):
+        return [said.removeprefix("STATUS=") for said in self.listen() if said.startswith("STATUS=")]
+
+
+@pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
+def test_notify_tells_ready_status_watchdog_and_stopping(box, gateway, abstract):
+    name = f"@beta9-agent-{os.getpid()}" if abstract else str(box.folder / "notify")
+    with contextlib.closing(Systemd(name)) as systemd:
+        gateway.always = says(503)
+        process = box.start(gateway, NOTIFY_SOCKET=name)
+        wait(lambda: "WATCHDOG=1" in systemd.listen(), process.log)  # waiting for a gateway is no hang
+        assert "READY=1" not in systemd.heard and "failure 1" in systemd.status()[-1]
+        gateway.always = None
+        wait(lambda: "READY=1" in systemd.listen(), process.log)
+        gateway.ready_again()
+        assert stopped(process) == 0
+        heard = systemd.listen()
+        assert heard.count("READY=1") == heard.count("STOPPING=1") == 1
+        assert heard.index("READY=1") < heard.index("STOPPING=1")
+        assert {said.partition("=")[0] for said in heard} == {"READY", "STATUS", "WATCHDOG", "STOPPING"}
+        assert systemd.status()[-2].startswith("ready after") and systemd.status()[-1] == "stopping"
+
+
+def test_notify_words_of_the_gateway_stay_in_the_status_and_show_no_token(box, gateway):
+    name = str(box.folder / "notify")
+    gateway.always = says(500, {"message": f"no\nMAINPID=1\nSTOPPING=1\x1b[31m {TOKEN}"})
+    with contextlib.closing(Systemd(name)) as systemd:
+        process = box.start(gateway, "--debug", NOTIFY_SOCKET=name)
+        wait(lambda: any("MAINPID" in said for said in systemd.status()), process.log)
+        stopped(process, signal.SIGKILL)
+        assert all(said.isprintable() for said in systemd.listen())
+        assert leaks("".join(systemd.heard), TOKEN) == []
+
+
+def test_notify_socket_that_nobody_reads_or_has_does_not_hold_the_agent(box, gateway):
+    name = str(box.folder / "notify")
+    with contextlib.closing(Systemd(name)):
+        process = box.ready(gateway, "--debug", NOTIFY_SOCKET=name)
+        waiting = int(pathlib.Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
+        for _ in range(waiting // 4 + 5):  # a line and a sign of life each, and more: more than it holds
+            gateway.ready_again()
+    os.unlink(name)
+    gateway.ready_again()
+    assert stopped(process) == 0 and "Traceback" not in process.log()
+
+
+def journal_of(log, right=True):
+    """JOURNAL_STREAM as systemd sets it for this file as standard error, or for another one."""
+    return f"{log.stat().st_dev}:{log.stat().st_ino + (not right)}"
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["journal", "a-file-of-a-service"])
+def test_log_to_the_journal_has_its_priority_and_no_time(box, gateway, right):
+    log = box.folder / "journal"
+    log.touch()
+    gateway.faults[REGISTER].extend([says(500), says(401, {"message": "Unauthorized"})])
+    with open(log, "wb") as file:
+        process = box.start(gateway, "--debug", stderr=file, JOURNAL_STREAM=journal_of(log, right))
+    wait(lambda: "ready after" in log.read_text(), log.read_text)
+    stopped(process)
+    lines = [line for line in log.read_text().splitlines() if re.search("> POST|failure|ready after", line)]
+    assert len(lines) > 4
+    for line in lines:
+        number, level = (("7", "DEBUG") if "> POST" in line else ("6", "INFO") if "ready after" in line else
+                         ("4", "WARNING") if " 500 " in line else ("3", "ERROR"))
+        assert re.match(f"<{number}>[a-z>]" if right else rf"\d{{4}}-.*,\d{{3}} {level} ", line), line
+
+
 FAULTS = {
     "closed-before-headers": breaks(b""),
     "closed-in-headers": breaks(HEAD[:30]),
@@ -3177,10 +3346,254 @@ def test_entry_unexpected_error_ends_with_1_and_one_line(box):
     assert done.returncode != 0 and "Traceback" not in done.stderr
 
 
+# ---- README's services
+README = SOURCE.with_name("README.md").read_text()
+
+
+def block(mark):
+    """The fenced block that follows `<!-- mark -->` in README.md."""
+    return re.search(rf"^<!-- {re.escape(mark)} -->\n```\w+\n(.*?)^```$", README, re.S | re.M)[1]
+
+
+UNIT = block("file: /etc/systemd/system/beta9-agent.service")
+ENV = "".join(line for line in block("test: env").splitlines(True) if line.startswith("BETA9_"))
+DIRECTIVES = [line for line in UNIT.splitlines() if "=" in line]
+needs_systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")
+needs_cloud_init = pytest.mark.skipif(not shutil.which("cloud-init"), reason="no cloud-init here")
+
+
+def analyze(*argv):
+    return subprocess.run(["systemd-analyze", "--no-pager", *argv], capture_output=True, text=True,
+                          timeout=50)
+
+
+@pytest.fixture
+def unit(tmp_path):
+    """The unit as a file, with a program that is there."""
+    path = tmp_path / "beta9-agent.service"
+    path.write_text(re.sub("^ExecStart=.*", f"ExecStart={sys.executable} {SOURCE}", UNIT, flags=re.M))
+    return str(path)
+
+
+@needs_systemd
+def test_unit_verified_by_systemd_is_silent(unit):
+    done = analyze("verify", unit)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@needs_systemd
+def test_unit_exposure_is_what_readme_says_and_at_most_2_5(unit):
+    if "--offline" not in analyze("--help").stdout:
+        pytest.skip("systemd before 250 rates no file")
+    done = analyze("security", "--offline=true", unit)
+    found = float(re.search(r"exposure level for beta9-agent.service: ([0-9.]+)", done.stdout)[1])
+    told = float(re.search(r"`systemd-analyze security` says ([0-9.]+) of 10", README)[1])
+    assert found <= 2.5 and abs(found - told) < 0.15
+
+
+@pytest.mark.parametrize("line", [
+    "Type=notify", "TimeoutStartSec=infinity", "WatchdogSec=120", "Restart=always", "RestartSec=30",
+    "StartLimitIntervalSec=0", "RestartPreventExitStatus=2", "KillMode=mixed", "User=beta9-agent",
+    "EnvironmentFile=/etc/beta9-agent.env", "StateDirectory=beta9-agent", "NoNewPrivileges=yes",
+    "LimitCORE=0", "After=multi-user.target", "WantedBy=multi-user.target",
+    "ExecStart=/opt/beta9-agent/venv/bin/python /opt/beta9-agent/beta9_agent.py"])
+def test_unit_directive_is_there_once(line):
+    assert DIRECTIVES.count(line) == 1
+
+
+def test_unit_what_would_hide_gpus_or_proc_is_not_there():
+    names = {line.split("=")[0] for line in DIRECTIVES}
+    assert names.isdisjoint({"PrivateDevices", "DeviceAllow", "DevicePolicy", "ProtectClock", "ProcSubset",
+                             "PrivateNetwork", "PrivateUsers", "MemoryDenyWriteExecute", "RootDirectory"})
+    families = next(line for line in DIRECTIVES if line.startswith("RestrictAddressFamilies="))
+    assert {"AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"} <= set(families.split("=")[1].split())
+
+
+def test_unit_secrets_are_in_the_environment_file_alone():
+    assert not any(line.startswith(("Environment=", "PassEnvironment=")) for line in DIRECTIVES)
+    assert "token" not in UNIT.lower() and "BETA9_" not in UNIT
+
+
+def test_environment_file_names_are_variables_of_the_agent():
+    variables = {option.variable for option in b9.OPTIONS if option.variable}
+    given = {line.split("=")[0] for line in ENV.splitlines()}
+    assert {"BETA9_TOKEN", "BETA9_K3S_TOKEN", "BETA9_GATEWAY_HOST"} <= given <= variables
+
+
+def test_environment_file_read_by_the_agent_is_right():
+    config, problems = settings_of(env=dict(line.split("=") for line in ENV.splitlines()))
+    assert problems == [] and (config.pool_name, config.hostname) == ("gpu", "THIS-MACHINE")
+
+
+def shell(command, folder, **env):
+    return subprocess.run(["sh", "-c", command], cwd=folder, env=os.environ | env, capture_output=True,
+                          text=True, timeout=50)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What the recipes find beside README.md."""
+    for name in ("README.md", "beta9_agent.py"):
+        shutil.copy(SOURCE.with_name(name), tmp_path)
+    done = shell(block("test: env"), tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    return tmp_path
+
+
+def mode_of(path):
+    return path.stat().st_mode & 0o777
+
+
+def stub(path, text="exit 0"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_install_commands_put_three_files_in_place(folder):
+    """In a root of its own; what changes the machine is replaced by a note of it."""
+    names = ("apt-get", "python3", "useradd", "systemctl", "pip")
+    for name in names:
+        stub(folder / "bin" / name, f'echo "{name} $*" >> "{folder}/said"')
+    stub(folder / "bin/id", "exit 1")
+    shutil.copytree(folder / "bin", folder / "opt/beta9-agent/venv/bin")
+    (folder / "etc/systemd/system").mkdir(parents=True)
+    command = re.sub("/(opt|etc)/", rf"{folder}/\1/", block("test: install"))
+    done = shell(command, folder, PATH=f"{folder}/bin:{os.environ['PATH']}")
+    assert (done.returncode, done.stderr) == (0, "")
+    unit, env = folder / "etc/systemd/system/beta9-agent.service", folder / "etc/beta9-agent.env"
+    assert (unit.read_text(), mode_of(unit)) == (UNIT, 0o644)
+    assert (env.read_text(), mode_of(env)) == (ENV, 0o600)
+    assert (folder / "opt/beta9-agent/beta9_agent.py").read_bytes() == SOURCE.read_bytes()
+    said = (folder / "said").read_text().splitlines()
+    assert said[-1] == "systemctl enable --now beta9-agent"
+    assert {line.split()[0] for line in said} == set(names)
+
+
+@pytest.fixture
+def user_data(folder):
+    """With a machine token of 64 random characters and without that of k3s, as README says."""
+    token = random.Random(1).choices("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_", k=64)
+    lines = [line for line in ENV.splitlines(True) if "K3S" not in line]
+    (folder / "beta9-agent.env").write_text("".join(lines).replace("YOUR-MACHINE-TOKEN", "".join(token)))
+    done = shell(block("test: user-data"), folder)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return folder / "user-data"
+
+
+def written(user_data):
+    """Path -> content and mode of what cloud-init would write."""
+    tree = pytest.importorskip("yaml").safe_load(user_data.read_bytes())
+    return {file["path"]: (file["content"].encode(), int(file.get("permissions", "0644"), 8))
+            for file in tree["write_files"]}
+
+
+@needs_cloud_init
+def test_user_data_schema_is_accepted(user_data):
+    done = subprocess.run(["cloud-init", "schema", "--config-file", str(user_data)], capture_output=True,
+                          text=True, timeout=50)
+    assert done.returncode == 0 and done.stdout.startswith("Valid") and done.stderr == "", done
+
+
+def test_user_data_read_back_is_byte_for_byte(user_data):
+    env = user_data.with_name("beta9-agent.env").read_bytes()
+    assert written(user_data) == {
+        "/opt/beta9-agent/beta9_agent.py": (SOURCE.read_bytes(), 0o644),
+        "/etc/beta9-agent.env": (env, 0o600),
+        "/etc/systemd/system/beta9-agent.service": (UNIT.encode(), 0o644)}
+
+
+def test_user_data_size_fits_ec2_whatever_the_agent_grows_to(user_data):
+    """That is 14,800 bytes; and 250 are left for longer names and a pool's options."""
+    def packed(path):
+        return len(subprocess.check_output(["gzip", "-9", "--stdout", str(path)]))
+
+    assert packed(user_data) + 14_800 - packed(SOURCE) + 250 < 16_384
+    assert user_data.stat().st_size < 60_000
+    told = re.search(r"That is about (\d+) kB, and ([\d,]+) bytes after `gzip -9`", README)
+    assert abs(int(told[2].replace(",", "")) - packed(user_data)) < 200
+    assert abs(int(told[1]) * 1000 - user_data.stat().st_size) < 2000
+
+
+def test_user_data_with_tokens_is_readable_by_its_owner_alone(user_data):
+    assert mode_of(user_data) == mode_of(user_data.with_name("beta9-agent.env")) == 0o600
+    assert user_data.read_text().count("BETA9_TOKEN=") == 1
+
+
+def test_user_data_commands_do_not_hold_up_the_boot(user_data):
+    tree = pytest.importorskip("yaml").safe_load(user_data.read_bytes())
+    assert tree["runcmd"][-1] == "systemctl enable --now --no-block beta9-agent"
+    assert not {"bootcmd", "power_state", "package_reboot_if_required"} & set(tree)
+
+
+def test_user_data_packages_are_those_that_the_file_names(user_data):
+    needed = re.findall('"([^"]+)"', re.search("^# dependencies = (.*)", TEXT, re.M)[1])
+    tree = pytest.importorskip("yaml").safe_load(user_data.read_bytes())
+    line = next(line for line in tree["runcmd"] if "pip install" in line)
+    assert line.split()[-len(needed):] == needed and tree["packages"] == ["python3-venv"]
+
+
+def test_user_data_without_environment_file_is_not_made(folder):
+    (folder / "beta9-agent.env").unlink()
+    assert shell(block("test: user-data"), folder).returncode != 0 and not (folder / "user-data").exists()
+
+
+def test_plist_parsed_names_the_program_and_no_secret():
+    text = block("file: /Library/LaunchDaemons/beta9-agent.plist")
+    plist = plistlib.loads(text.encode())
+    assert plist["Label"] == "beta9-agent" and plist["KeepAlive"] is plist["RunAtLoad"] is True
+    python, program, *options = plist["ProgramArguments"]
+    assert python.endswith("/.venv/bin/python") and program.endswith("/beta9_agent.py")
+    assert (plist["ThrottleInterval"], plist["UserName"]) == (30, "YOUR-NAME") and "oken" not in text
+    assert b9.build_parser().parse_args(options).config.endswith("agent.yaml")
+
+
+@pytest.mark.parametrize("age, good", [(0, True), (280, True), (320, False), (86400, False), (None, False)],
+                         ids=["now", "280-s", "320-s", "a-day", "never"])
+@pytest.mark.parametrize("way", ["command", "probe", "plugin"])
+def test_health_check_by_age_of_the_lock_tells_alive_from_not(tmp_path, way, age, good):
+    if age is not None:
+        lock = tmp_path / f"{ID}.lock"
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+    if way == "probe":
+        probe = pytest.importorskip("yaml").safe_load(block("file: probe.yaml"))
+        argv = probe["readinessProbe"]["exec"]["command"]
+    else:
+        argv = ["sh", "-c", block({"command": "test: healthy",
+                                   "plugin": "file: /usr/local/bin/check_beta9_agent"}[way])]
+    done = subprocess.run([word.replace("/var/lib/beta9-agent", str(tmp_path)) for word in argv],
+                          capture_output=True, text=True, timeout=50)
+    assert done.returncode == (0 if good else 2 if way == "plugin" else 1) and done.stderr == ""
+    assert done.stdout.startswith(("OK: " if good else "CRITICAL: ") if way == "plugin" else "")
+
+
+def test_upgrade_commands_replace_the_file_in_one_step(folder):
+    opt = folder / "opt/beta9-agent"
+    stub(opt / "venv/bin/python", f'exec "{sys.executable}" "$@"')
+    stub(folder / "bin/systemctl", 'echo "systemctl $*"')
+    (opt / "beta9_agent.py").write_text("old")
+    done = shell(block("test: upgrade").replace("/opt/", f"{folder}/opt/"), folder,
+                 PATH=f"{folder}/bin:{os.environ['PATH']}")
+    first, version, last = done.stdout.splitlines()
+    assert version == f"beta9-agent {b9.VERSION} ({first})" and last == "systemctl restart beta9-agent"
+    assert (opt / "beta9_agent.py").read_bytes() == SOURCE.read_bytes() and not list(opt.glob("*.new"))
+    assert re.search("ready after", done.stderr)
+
+
+def test_upgrade_to_a_file_that_does_not_start_leaves_the_old_one(folder):
+    opt = folder / "opt/beta9-agent"
+    stub(opt / "venv/bin/python", f'exec "{sys.executable}" "$@"')
+    stub(folder / "bin/systemctl", 'echo "systemctl $*"')
+    (opt / "beta9_agent.py").write_text("old")
+    (folder / "beta9_agent.py").write_text("cut off(")
+    done = shell(block("test: upgrade").replace("/opt/", f"{folder}/opt/"), folder,
+                 PATH=f"{folder}/bin:{os.environ['PATH']}")
+    assert done.returncode != 0 and "systemctl" not in done.stdout
+    assert (opt / "beta9_agent.py").read_text() == "old"
+
+
 # ---- README's words on trust
-README = (SOURCE.parent / "README.md").read_text()
-
-
 def test_readme_role_allows_what_the_gateway_does_and_no_more():
     text = README.split("```yaml\napiVersion: v1\nkind: ServiceAccount\n")[1].split("```")[0]
     role, binding = list(pytest.importorskip("yaml").safe_load_all(text))[1:]
