@@ -3169,7 +3169,7 @@ def test_dry_run_shows_settings_and_bodies_without_network(box, gateway):
 ENDS = {  # exit code, the calls that were made, words, options, and faults for register and keepalive
     "ok": (0, 2, "ready after", ["--once"], None, None),
     "401": (77, 1, "beta9 machine create", ["--once"], says(401, {"message": "Unauthorized"}), None),
-    "401-for-a-while": (77, 0, "beta9 machine create", ["--startup-timeout", "0.5"],
+    "401-for-a-while": (77, 0, "beta9 machine create", ["--startup-timeout", "2"],
                         says(401, {"message": "Unauthorized"}), None),
     "403": (77, 1, "beta9 machine create", [], says(403, {"message": "Invalid token"}), None),
     "keepalive-403": (77, 2, "beta9 machine create", [], None, says(403, {"message": "Invalid token"})),
@@ -3181,7 +3181,7 @@ ENDS = {  # exit code, the calls that were made, words, options, and faults for 
     "redirect": (69, 1, "/login", ["--once"], says(302, b"", "Location: /login"), None),
     "closed": (69, 1, "tunnel", ["--once"], breaks(b""), None),
     "forgotten-once": (69, 2, "registering again", ["--once"], None, says(500, {"message": NOT_FOUND})),
-    "500-for-a-while": (69, 0, "health", ["--startup-timeout", "0.5"], says(500), None),
+    "500-for-a-while": (69, 0, "health", ["--startup-timeout", "2"], says(500), None),
     "500-one-try": (69, 1, "health", ["--startup-timeout", "0"], says(500), None),
 }
 
