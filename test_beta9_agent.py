@@ -3593,6 +3593,26 @@ def test_upgrade_to_a_file_that_does_not_start_leaves_the_old_one(folder):
     assert (opt / "beta9_agent.py").read_text() == "old"
 
 
+@pytest.mark.parametrize("answers, shown", [
+    ({"health": 200, "list": 200, "keepalive": 400}, ["gateway: 200", "token: 200", "keepalive: 400"]),
+    ({"health": 500, "list": 401, "keepalive": 404}, ["gateway: 500", "token: 401", "keepalive: 404"]),
+    (None, ["gateway: .*000", "token: .*000", "keepalive: .*000"])], ids=["good", "bad", "away"])
+def test_check_commands_tell_gateway_token_and_keepalive(tmp_path, gateway, certificates, answers, shown):
+    if not shutil.which("curl"):
+        pytest.skip("no curl")
+    gateway.always = lambda link: says(answers[link.call.partition("?")[0]])(link)
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    if answers is None:
+        gateway.stop()
+    with contextlib.closing(TlsGateway(tls_with(certificates, "good"))) as k3s:
+        command = block("test: check").replace("1994", str(gateway.port)).replace("6443", str(k3s.port))
+        done = shell(command, tmp_path, http_proxy="http://127.0.0.1:9")
+    assert all(re.search(f"^{line} in [0-9.]+ s$", done.stdout, re.M | re.S) for line in shown), done.stdout
+    assert "k3s: 401 in" in done.stdout and "clocks: " in done.stdout and TOKEN not in done.stdout
+    asked = {bearer(link) for link in gateway.seen if "health" not in link.call}
+    assert asked == ({TOKEN} if answers else set())
+
+
 # ---- README's words on trust
 def test_readme_role_allows_what_the_gateway_does_and_no_more():
     text = README.split("```yaml\napiVersion: v1\nkind: ServiceAccount\n")[1].split("```")[0]
