@@ -3581,12 +3581,14 @@ def test_upgrade_commands_replace_the_file_in_one_step(folder):
     assert re.search("ready after", done.stderr)
 
 
-def test_upgrade_to_a_file_that_does_not_start_leaves_the_old_one(folder):
+@pytest.mark.parametrize("content", ["cut off(", "", TEXT[:TEXT.index("# ---- 13")]],
+                         ids=["broken", "empty", "cut-off-between-rooms"])
+def test_upgrade_to_a_file_that_does_not_start_leaves_the_old_one(folder, content):
     opt = folder / "opt/beta9-agent"
     stub(opt / "venv/bin/python", f'exec "{sys.executable}" "$@"')
     stub(folder / "bin/systemctl", 'echo "systemctl $*"')
     (opt / "beta9_agent.py").write_text("old")
-    (folder / "beta9_agent.py").write_text("cut off(")
+    (folder / "beta9_agent.py").write_text(content)
     done = shell(block("test: upgrade").replace("/opt/", f"{folder}/opt/"), folder,
                  PATH=f"{folder}/bin:{os.environ['PATH']}")
     assert done.returncode != 0 and "systemctl" not in done.stdout
