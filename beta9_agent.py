@@ -72,16 +72,18 @@ class Secret:
 
     @classmethod
     def scrub(cls, text: str) -> str:
-        """Masks every secret: whole, pieces of 8, URL-encoded, base64 at any shift."""
+        """Masks secrets: whole, pieces of 8, URL-encoded, base64 at any shift."""
         import base64
         import urllib.parse
         for value in cls.__seen:
-            forms = [value, *(urllib.parse.quote(value, safe) for safe in ("", "/"))]
-            forms += [re.sub("%..", lambda found: found[0].lower(), form) for form in forms[1:]]
-            forms += [base64.b64encode(bytes(shift) + value.encode(), signs).decode()
-                      for shift in range(3) for signs in (b"+/", b"-_")]
-            for piece in [value] + [form[at:at + 8] for form in forms for at in range(len(form) - 7)]:
+            forms = [value] + [base64.b64encode(bytes(shift) + value.encode(), signs).decode()
+                               for shift in range(3) for signs in (b"+/", b"-_")]
+            pieces = [value] + [form[at:at + 8] for form in forms for at in range(len(form) - 7)]
+            for piece in pieces:
                 text = text.replace(piece, "[redacted]")
+            plain = urllib.parse.unquote(text)
+            if plain != text and any(piece in plain for piece in pieces):
+                text = cls.scrub(plain)
         return text
 
 
@@ -212,7 +214,7 @@ def classify(call: str, status: int, headers: Mapping[str, str], body: bytes, ma
     kind, remedy = next(row[1:] for row in ANSWERS if re.match(row[0], line, re.S))
     if status // 100 == 3:
         said = f"redirect to {headers.get('Location')}"
-        same_host = f"redirect to https://{re.escape(format_host(config.gateway_host))}(:[0-9]+)?(/|$)"
+        same_host = f"(?i)redirect to https://{re.escape(format_host(config.gateway_host))}(:[0-9]+)?(/|$)"
         if not config.tls and re.match(same_host, said):
             remedy = "never followed: give --tls and its port"
     came = visible(said or f"{headers.get('Content-Type')} {format_body(body) or 'empty'}")
@@ -634,13 +636,13 @@ class Host:
 FAILURES = (
     ("connection ?refused", "connection refused: is the gateway running, or the SSH tunnel up?"
      " `ssh -L {config.gateway_port}:localhost:31994 your-gateway-host`, "),
-    ("Timeout|DeadlinePassed", "no whole answer in time: "),
-    ("gaierror", "no address for {config.gateway_host}: check the DNS, "),
+    ("Timeout", "no whole answer in time: "),
+    ("resolve|Errno -", "no address for {config.gateway_host}: check the DNS, "),
     ("certificate has expired", "its certificate has expired: renew it, check this clock, "),
-    ("mismatch|doesn't match", "its certificate is not for {config.gateway_host}: give its name, "),
-    ("VERIFY_FAILED", "its certificate's issuer is unknown: give it as --ca-file, "),
+    ("mismatch|'t match", "its certificate is not for {config.gateway_host}: give its name, "),
+    ("VERIFY_FAILED", "its certificate's issuer is unknown: give --ca-file, "),
     ("SSL", "no TLS 1.2 there: cleartext port? "),
-    ("", "the connection broke, {error!r}: is the SSH tunnel up? "),
+    ("", "the connection broke, {error}: is the SSH tunnel up? "),
 )
 
 
@@ -648,8 +650,7 @@ def describe_failure(error: BaseException, config: Config) -> Outcome:
     if isinstance(error, AgentError):
         return Outcome(Kind.UNSAFE, str(error))
     text = next(text for pattern, text in FAILURES if re.search(pattern, repr(error), re.I))
-    return Outcome(Kind.TROUBLE, visible((text + TRY_HEALTH).format(
-        config=config, error=error), 400))
+    return Outcome(Kind.TROUBLE, (text + TRY_HEALTH).format(config=config, error=visible(repr(error))))
 
 
 class Wire:
@@ -672,14 +673,14 @@ class Wire:
                 raise AgentError(f"{host} is at {address[0]}, where others could read the tokens:"
                                  " give --tls, --allow-cleartext or an SSH tunnel")
         if config.dry_run:
-            raise OSError  # enough
+            raise OSError
         return found
 
     def exchange(self, call: str, payload: dict[str, Any], seconds: float) -> tuple[int, Any, bytes]:
-        """No requests session: it follows redirects and obeys ~/.netrc."""
+        """No session, which follows redirects and obeys ~/.netrc."""
         import requests
         config = self.config
-        local = re.fullmatch(r"localhost|127\.[0-9.]+|::1", config.gateway_host)
+        local = re.fullmatch(r"(?i)localhost\.?|127\.[0-9.]+|[0:]+1", config.gateway_host)
         proxies = {} if local else requests.utils.get_environ_proxies(config.gateway)
         headers = {"Authorization": f"Bearer {config.token.reveal()}", "Accept-Encoding": "identity",
                    "Content-Type": "application/json"}
@@ -750,7 +751,7 @@ def take_lock(path: str) -> Any:
         pid = visible(read_file(path).strip())
         raise AgentError(f"pid {pid} keeps this machine: stop it, or give another --machine-id", 75) from None
     file.truncate(0)
-    print(os.getpid(), file=file, flush=True)
+    os.write(file.fileno(), b"%d\n" % os.getpid())
     os.utime(path, (0, 0))
     return file
 
@@ -816,7 +817,19 @@ class Agent:
         except ImportError:
             LOG.warning("an NVIDIA driver, 0 GPUs: `pip install nvidia-ml-py`, start again")
 
+    def refresh(self) -> None:
+        """Tokens may have been rotated."""
+        for name, path in self.config.files.items():
+            try:
+                if not os.path.isfile(path):
+                    raise ValueError
+                setattr(self.config, name, TOKEN(read_file(path).rstrip("\r\n")))
+            except (AgentError, ValueError):
+                if self.stale.fault(read_clock()):
+                    LOG.warning("%s: no token there, the last one serves", visible(path))
+
     def payload(self, call: str) -> dict[str, Any]:
+        self.refresh()
         if call == KEEPALIVE:
             return keepalive_payload(self.config, self.machine_id, self.metrics)
         ip = self.host.ask(self.wire.resolver, "DNS", lambda: find_private_ip(self.config), HOST_DEADLINE)
@@ -831,15 +844,6 @@ class Agent:
                         format_offer(self.offer), format_offer(offer))
             self.offer, self.lease = offer, self.lease._replace(registered=False)
         self.seen = offer
-
-    def refresh(self) -> None:
-        """Tokens may have been rotated."""
-        for name, path in self.config.files.items():
-            try:
-                setattr(self.config, name, TOKEN(read_file(path).rstrip("\r\n")))
-            except (AgentError, ValueError) as error:
-                if self.stale.fault(read_clock()):
-                    LOG.warning("%s: %s, the last one serves", name, error)
 
     def report(self, call: str, outcome: Outcome, failing_since: float | None) -> None:
         now = read_clock()
@@ -873,7 +877,6 @@ class Agent:
         seconds = max(2.0, min(REQUEST_DEADLINE, beat_of(interval, before.ttl)))
         if stop.at:
             seconds = stop.at + 1 - now
-        self.refresh()
         outcome = self.wire.send(call, self.payload(call), seconds)
         self.lease = lease_after(before, call, outcome, read_clock(), interval, random.uniform)
         if before.ttl != self.lease.ttl < 3 * interval:
@@ -966,10 +969,11 @@ def run(config: Config) -> int:
 
 # ---- 13 Entry
 class Lines(logging.Handler):
-    """Scrubbed; standard error may be full, closed, stuck or a journal."""
+    """Standard error may be full, closed, stuck or a journal."""
 
     def emit(self, record: Any) -> None:
-        text = Secret.scrub("\n".join(visible(line, 4000) for line in self.format(record).split("\n")))
+        text = "\n".join(visible(Secret.scrub(visible(line, 4000)), 4000)
+                         for line in self.format(record).split("\n"))
         notify("STATUS=" + text.split("\n")[0])
         before = f"{logging.Formatter().formatTime(record)} {record.levelname} "
         with contextlib.suppress(OSError):

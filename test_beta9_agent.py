@@ -184,6 +184,14 @@ def test_secret_scrub_any_token_is_masked(token):
     assert b9.Secret(token).scrub(f"GET /{token}?") == "GET /[redacted]?"
 
 
+def test_secret_scrub_of_the_word_it_writes_comes_to_an_end():
+    code = ("import beta9_agent as b9; b9.Secret('redacted');"
+            "print(b9.Secret.scrub('a redacted %41 %zz %72edacted'))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(SOURCE.parent)})
+    assert done.returncode == 0 and done.stdout.count("[redacted]") > 1, done.stderr
+
+
 def test_secret_scrub_other_text_stays():
     assert b9.Secret(MACHINE_TOKEN).scrub("nothing to hide") == "nothing to hide"
 
@@ -201,6 +209,8 @@ ODD_TOKEN = "K10>>>?~a+b/c=&d%e?>~server:f9"   # its base64 has + and /, its URL
 ENCODED = {
     "raw": str, "quoted": lambda text: urllib.parse.quote(text, ""), "quoted-path": urllib.parse.quote,
     "form": urllib.parse.quote_plus,
+    "quoted-whole": lambda text: "".join(f"%{ord(letter):02x}" for letter in text),
+    "quoted-as-go-does": lambda text: urllib.parse.quote(text, "$&+=:@"),
     "quoted-small": lambda text: re.sub("%..", lambda it: it[0].lower(), urllib.parse.quote(text, "")),
     **{f"base64-{shift}": in_base64(shift) for shift in range(3)},
     **{f"base64-url-safe-{shift}": in_base64(shift, base64.urlsafe_b64encode) for shift in range(3)},
@@ -231,15 +241,17 @@ def test_secret_scrub_encoded_token_inside_other_text_is_masked(token, name):
     assert scrubbed.count("[redacted]") >= 3
 
 
-@pytest.mark.parametrize("name", [it for it in ENCODED if re.match("raw|quoted(-path)?$|.*[0-2]", it)])
+@pytest.mark.parametrize("name", [it for it in ENCODED if re.match("raw|quoted|.*[0-2]", it)])
 @pytest.mark.parametrize("token", [MACHINE_TOKEN, ODD_TOKEN], ids=["plain", "odd"])
 def test_secret_scrub_any_8_characters_of_an_encoded_token_are_masked(token, name):
     b9.Secret(token)
     form = ENCODED[name](token)
+    pieces = [ENCODED[name](token[at:at + 8]) for at in range(len(token) - 7)]
     if "base64" in name:  # without the characters that hold bits of what stands around it
         shift = int(name[-1])
         form = form[-(-8 * shift // 6):8 * (shift + len(token)) // 6]
-    for piece in [form[at:at + 8] for at in range(len(form) - 7)]:
+        pieces = [form[at:at + 8] for at in range(len(form) - 7)]
+    for piece in pieces:
         assert piece not in b9.Secret.scrub(piece) and "[redacted]" in b9.Secret.scrub(piece)
 
 
@@ -478,14 +490,16 @@ def test_is_private_of_an_address_anybody_may_have_is_false(address, private):
 
 @pytest.mark.parametrize("argv, location, mentioned", [
     ([], "https://gw.example/", True), ([], "https://gw.example:8443/api/v1/x", True),
-    ([], "https://gw.example", True), (["--gateway-host", "fd7a::1"], "https://[fd7a::1]/", True),
+    ([], "https://gw.example", True), ([], "HTTPS://GW.example/", True),
+    (["--gateway-host", "fd7a::1"], "https://[fd7a::1]/", True),
     ([], "https://gw.example.test/", False), ([], "https://gw.example@login.test/", False),
     ([], "https://gw.example:x@login.test/", False),
     ([], "https://login.test/?to=https://gw.example/", False), ([], "http://gw.example/", False),
     ([], "/login", False), ([], "https://gw.examples/", False),
     (["--gateway-host", "10.0.0.1"], "https://10.0.0.10/", False),
     (["--tls"], "https://gw.example/login", False)],
-    ids=["same", "port", "bare", "ipv6", "longer-name", "user", "password", "query", "http", "path",
+    ids=["same", "port", "bare", "capitals", "ipv6",
+         "longer-name", "user", "password", "query", "http", "path",
          "longer-word", "longer-address", "tls-already"])
 def test_classify_redirect_names_its_target_and_tls_for_the_same_host_alone(argv, location, mentioned):
     outcome = b9.classify(KEEPALIVE, 307, {"Location": location}, b"", ID,
@@ -1223,7 +1237,7 @@ def test_help_shows_groups_flags_variables_and_defaults():
     text = b9.build_parser().format_help()
     assert all(f"{group}:" in text for group in ("identity", "gateway", "this machine", "behaviour"))
     flags = [option.flag for option in b9.OPTIONS] + b9.UNUSED
-    assert [flag for flag in flags if f"{flag} " not in text] == []
+    assert [flag for flag in flags if not re.search(rf"{flag}[ ,]", text)] == []
     assert [option.name for option in b9.OPTIONS if option.variable and not re.search(
         rf"\b{option.variable}\b", text)] == []
     flat = " ".join(text.split())
@@ -1862,9 +1876,53 @@ def test_call_refused_or_without_address_says_so():
         port = closed.getsockname()[1]
     agent = agent_of(port)
     assert f"ssh -L {port}:" in send(agent, b9.REGISTER).text
-    agent = agent_of(port, "--gateway-host", "nowhere.invalid")
-    outcome = send(agent, b9.REGISTER, 2)
-    assert outcome.kind is b9.Kind.TROUBLE and ("nowhere.invalid" in outcome.text or "time" in outcome.text)
+
+
+# A child in which only some names are found, without a packet to any name server.
+NAMES = """
+import socket, sys, types
+known, tried = {names}, []
+def look_up(host, port, *rest, **more):
+    if host not in known:
+        raise socket.gaierror(-2, "Name or service not known")
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in known[host]]
+def connect(sock, address):
+    tried.append(address[0])
+    raise ConnectionRefusedError(111, "Connection refused")
+socket.getaddrinfo, socket.socket.connect = look_up, connect
+import beta9_agent as b9
+config = b9.build_config(b9.read_settings(["--token", "t" * 9, "--gateway-host", {host!r}], {{}}))
+outcome = b9.Wire(config).send("register", {{"machine_id": "1165a9b6"}}, 5)
+print(outcome.kind.name, outcome.text, *tried, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("names, kind, words, tried", [
+    ({}, "TROUBLE", "no address for gw.example: check the DNS", []),
+    ({"gw.example": ["10.0.0.1", "10.0.0.2"]}, "TROUBLE", "refused", ["10.0.0.1", "10.0.0.2"]),
+    ({"gw.example": ["10.0.0.1", "203.0.113.7"]}, "UNSAFE", "gw.example is at 203.0.113.7", []),
+    ({"gw.example": ["203.0.113.7"]}, "UNSAFE", "gw.example is at 203.0.113.7", []),
+], ids=["not-found", "private", "mixed", "public"])
+def test_call_to_a_name_goes_to_what_it_was_judged_by(names, kind, words, tried):
+    environ = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    done = subprocess.run([sys.executable, "-c", NAMES.format(names=names, host="gw.example")], text=True,
+                          capture_output=True, env=environ | {"PYTHONPATH": str(SOURCE.parent)}, timeout=60)
+    lines = done.stdout.splitlines()
+    assert lines[0] == kind and words in lines[1] and lines[2:] == tried, done.stderr
+
+
+def test_call_with_endless_words_of_an_error_keeps_its_remedy(gateway):
+    agent = agent_of(gateway.port)
+    gateway.faults[REGISTER].append(breaks(b"HTTP/1.1 200" + b"x" * 60000 + b"\r\n\r\n"))
+    text = send(agent, REGISTER).text
+    assert len(text) < 500 and text.endswith("/api/v1/health`"), text
+
+
+@pytest.mark.parametrize("host", ["LOCALHOST", "localhost.", "0:0:0:0:0:0:0:1", "::0001"])
+def test_proxy_is_not_asked_for_loopback_however_it_is_written(environ, tried, host):
+    environ(dict.fromkeys(("http_proxy", "ALL_PROXY"), "http://127.0.0.7:9"))
+    b9.Wire(config_of("--gateway-host", host)).send(REGISTER, {"machine_id": ID}, 5.0)
+    assert ("127.0.0.7", 9) not in tried
 
 
 def test_call_deadline_leaves_no_alarm_behind(gateway):
@@ -2219,21 +2277,35 @@ def test_token_file_rotated_is_followed_without_a_restart(box, gateway):
     assert process.poll() is None and leaks(process.log(), TOKEN, SECRET, K3S, "another-" + K3S) == []
 
 
-@pytest.mark.parametrize("content", [None, b"", b"two words", b"\xff\0", b"x" * 70000],
-                         ids=["removed", "empty", "two-words", "binary", "large"])
+@pytest.mark.parametrize("content", [None, b"", b"two words", b"\xff\0", b"x" * 70000, ...],
+                         ids=["removed", "empty", "two-words", "binary", "large", "fifo"])
 def test_token_file_spoilt_later_the_last_token_serves_with_few_warnings(box, gateway, content):
     path = box.folder / "token"
     path.write_text(TOKEN + "\n")
     process = box.ready(gateway, "--token-file", str(path), BETA9_TOKEN="")
-    path.unlink() if content is None else path.write_bytes(content)
+    if content in (None, ...):
+        path.unlink()
+        content is None or os.mkfifo(path)
+    else:
+        path.write_bytes(content)
     for _ in range(12):
         gateway.ready_again()
     assert {bearer(link) for link in gateway.seen} == {TOKEN}
-    warnings = [line for line in process.log().splitlines() if "WARNING token:" in line]
-    assert 1 < len(warnings) < 6 and all("the last one serves" in line for line in warnings)
+    warnings = [line for line in process.log().splitlines() if "the last one serves" in line]
+    assert 1 < len(warnings) < 6 and all(f"WARNING {path}: " in line for line in warnings)
+    path.unlink(True)
     path.write_text("new-" + TOKEN)
     gateway.contract.token = "new-" + TOKEN
     wait(lambda: bearer(gateway.seen[-1]) == "new-" + TOKEN, process.log)
+
+
+def test_token_file_rotated_before_the_stop_is_that_of_the_last_act(box, gateway):
+    path = box.folder / "token"
+    path.write_text(TOKEN)
+    process = box.ready(gateway, "--token-file", str(path), "--keepalive-interval", "60", BETA9_TOKEN="")
+    path.write_text(SECRET)
+    gateway.contract.token = SECRET
+    assert stopped(process) == 0 and [bearer(link) for link in gateway.calls(REGISTER)] == [TOKEN, SECRET]
 
 
 @pytest.mark.parametrize("mode, warned", [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
