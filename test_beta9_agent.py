@@ -3711,6 +3711,350 @@ def test_readme_commands_to_compare_the_file_with_its_hash_agree():
     assert len(shown) == 13
 
 
+# README's tunnel, with an sshd on loopback that, like the ssh to it, reads no user's own files
+TUNNEL = block("file: /etc/systemd/system/beta9-tunnel.service")
+SSH = re.search("^ExecStart=/usr/bin/(.*)", TUNNEL, re.M)[1]
+TRY, LOOP = block("test: tunnel-try").strip(), block("test: tunnel-loop").strip()
+SSHD = "/usr/sbin/sshd"
+
+
+def free_ports():
+    """Of those that the system does not hand out by itself."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            yield port
+
+
+def connected(port, host="127.0.0.1"):
+    """A connection, where somebody listens."""
+    with contextlib.suppress(ConnectionError):
+        return socket.create_connection((host, port), 30)
+
+
+class Tunnel:
+    """The host of a gateway with its sshd, both made as README says, and what this side has of it."""
+
+    def __init__(self, folder, gateway):
+        self.folder, self.gateway, self.started = folder, gateway, []
+        ports = free_ports()
+        self.local, self.remote, self.port, self.other = (next(ports) for _ in range(4))
+        self.k3s = socket.create_server(("127.0.0.1", 0))
+        self.k3s.settimeout(30)
+        self.conf, self.home, self.keys = folder / "ssh.conf", folder / "home/.ssh", folder / "keys"
+        user, self.sshd_conf = psutil.Process().username(), folder / "sshd.conf"
+        # From BatchMode on: what a user may have there, and the recipe overrules
+        self.conf.write_text(f"""Host gateway-host
+            HostName 127.0.0.1
+            Port {self.port}
+            User {user}
+            IdentityFile {self.home}/id_ed25519
+            IdentitiesOnly yes
+            IdentityAgent none
+            UserKnownHostsFile {self.home}/known_hosts
+            GlobalKnownHostsFile /dev/null
+            BatchMode no
+            ExitOnForwardFailure no
+            ServerAliveInterval 0
+            ControlMaster auto
+            ControlPath {folder}/master
+            ForwardAgent yes
+            ForwardX11 yes\n""")
+        match = block("file: /etc/ssh/sshd_config.d/beta9-tunnel.conf")
+        self.sshd_conf.write_text(f"""ListenAddress 127.0.0.1
+            Port {self.port}
+            HostKey {folder}/host
+            AuthorizedKeysFile {self.keys}
+            PidFile none
+            StrictModes no
+            UsePAM no
+            PermitRootLogin prohibit-password
+            Subsystem sftp internal-sftp\n{match.replace("User USER", f"User {user}")}""")
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "host"], check=True)
+        if os.getuid() == 0:
+            os.makedirs("/run/sshd", 0o755, exist_ok=True)
+        # OpenSSH 9.8 and later shut out for a while those whose sessions were killed
+        self.command, patient = [SSHD, "-f", self.sshd_conf], ["-o", "PerSourcePenalties=no"]
+        if subprocess.run([*self.command, *patient, "-t"], capture_output=True).returncode == 0:
+            self.command += patient
+        self.start()
+
+    def start(self):
+        with open(self.folder / "log", "ab") as log:
+            self.sshd = psutil.Popen([*self.command, "-D", "-e"], stdin=subprocess.DEVNULL, stderr=log)
+        wait(lambda: connected(self.port) or self.sshd.poll() is not None, self.log).close()
+
+    def log(self):
+        """What ssh and sshd said."""
+        return (self.folder / "log").read_text(errors="replace")
+
+    def stop(self):
+        """The server's side is gone, without a word."""
+        self.sshd.suspend()
+        sessions = self.sshd.children(recursive=True)
+        self.sshd.kill()
+        self.sshd.wait()
+        self.kill(sessions)
+
+    def cut(self):
+        """The server's side of each connection is gone, without a word."""
+        self.kill(self.sshd.children(recursive=True))
+
+    def kill(self, processes):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def here(self, text):
+        """README's words with this test's host, ports and paths."""
+        words = {"localhost:31994": f"localhost:{self.gateway.port}", "1994": str(self.local),
+                 "localhost:6443": f"localhost:{self.k3s.getsockname()[1]}", "6443": str(self.remote),
+                 "ssh -N": f"ssh -F {self.conf} -N", "USER@GATEWAY-HOST": "gateway-host",
+                 "GATEWAY-HOST": f"-p {self.port} 127.0.0.1", "/var/lib/beta9-agent": str(self.home.parent)}
+        return re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], text)
+
+    def make_keys(self):
+        """By README's commands, less what needs root; what they printed."""
+        for name in ("id", "useradd"):
+            stub(self.folder / "bin" / name)
+        stub(self.folder / "bin/install", 'for last; do :; done; mkdir -p "$last"')
+        stub(self.folder / "bin/runuser", 'shift 3; exec "$@"')
+        done = shell(self.here(block("test: tunnel-keys")), self.folder,
+                     PATH=f"{self.folder}/bin:{os.environ['PATH']}")
+        assert done.returncode == 0, done
+        line = self.here(block("file: ~USER/.ssh/authorized_keys"))
+        self.keys.write_text(line.replace("PUBLIC-KEY", (self.home / "id_ed25519.pub").read_text().strip()))
+        return done.stdout
+
+    def change(self, path, old, new):
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    def popen(self, *argv, **environ):
+        with open(self.folder / "log", "ab") as log:
+            self.started.append(subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder,
+                start_new_session=True, env=os.environ | environ))
+        return self.started[-1]
+
+    def ssh(self, line=SSH, **environ):
+        return self.popen("sh", "-c", f"exec {self.here(line)}", **environ)
+
+    def beside(self):
+        """The tunnel of another machine."""
+        self.ssh(SSH.replace(":1994:", f":{self.other}:"))
+        wait(lambda: connected(self.remote), self.log).close()
+
+    def open(self, way="unit"):
+        """Brings the tunnel up; the loop sleeps hundredths in the place of seconds."""
+        if way == "loop":
+            stub(self.folder / "bin/sleep", f'exec {shutil.which("sleep")} "$(printf 0.%02d "$1")"')
+            self.popen("sh", "-c", self.here(LOOP), PATH=f"{self.folder}/bin:{os.environ['PATH']}")
+        else:
+            self.ssh({"try": TRY, "unit": SSH}[way])
+        wait(lambda: connected(self.local), self.log).close()
+
+    def asked(self, *words, input=""):
+        """Exit code and output of an ssh that wants something else."""
+        done = subprocess.run(["ssh", "-F", self.conf, "-o", "BatchMode=yes", "-o", "ControlPath=none",
+                               "-o", "ExitOnForwardFailure=yes", *map(self.here, words)], input=input,
+                              text=True, capture_output=True, timeout=50)
+        return done.returncode, done.stdout
+
+    def left(self, name=""):
+        """The processes that run for this tunnel."""
+        return [process for process in psutil.process_iter(["name", "cmdline"])
+                if name in ("", process.info["name"])
+                and any(str(self.folder) in word for word in process.info["cmdline"] or ())]
+
+    def close(self):
+        if self.sshd.is_running():
+            self.stop()
+        while left := self.left():
+            self.kill(left)
+            for process in self.started:
+                process.poll()
+        for process in self.started:
+            process.wait()
+        self.k3s.close()
+
+
+@pytest.fixture
+def tunnel(tmp_path_factory, gateway):
+    """All is made, but nothing runs except the sshd."""
+    if not os.access(SSHD, os.X_OK) or not shutil.which("ssh"):
+        pytest.skip("no sshd or no ssh here")
+    with contextlib.closing(Tunnel(tmp_path_factory.mktemp("tunnel"), gateway)) as tunnel:
+        tunnel.printed = tunnel.make_keys()
+        yield tunnel
+
+
+@pytest.mark.parametrize("way", ["try", "unit", "loop"])
+def test_tunnel_agent_behind_it_is_ready_and_stays_so(box, gateway, tunnel, way):
+    tunnel.open(way)
+    process = box.start(tunnel.local)
+    wait(lambda: sum(link.state == "ready" for link in gateway.seen) > 3, tunnel.log)
+    assert process.poll() is None
+
+
+@pytest.mark.parametrize("gone", ["session", "host"])
+def test_tunnel_server_side_killed_comes_back_and_the_same_agent_is_ready_again(box, gateway, tunnel, gone):
+    tunnel.open("loop")
+    process, before = box.start(tunnel.local), tunnel.left("ssh")
+    wait(gateway.ready, process.log)
+    old = gateway.connections
+    if gone == "session":
+        tunnel.cut()
+    else:
+        tunnel.stop()
+        wait(lambda: "connection refused: is the gateway running, or the SSH tunnel up?" in process.log(),
+             process.log)
+        tunnel.start()
+    wait(lambda: any(link.connection > old and link.state == "ready" for link in gateway.seen),
+         lambda: process.log() + tunnel.log())
+    wait(lambda: "ready again" in process.log(), process.log)
+    assert process.poll() is None and not set(before) & set(tunnel.left("ssh"))
+
+
+def test_tunnel_loop_stopped_leaves_no_ssh(tunnel):
+    tunnel.open("loop")
+    assert tunnel.left("ssh") and shell(block("test: tunnel-stop"), tunnel.folder).returncode == 0
+    wait(lambda: [process.name() for process in tunnel.left()] == ["sshd"], tunnel.left)
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.2"], ids=["loopback", "an-address"])
+def test_tunnel_gateway_side_reaches_the_k3s_of_this_machine(tunnel, address):
+    line = SSH
+    if address:
+        line = SSH.replace("-R 6443", f"-R {address}:6443")
+        for words in ("-R ADDRESS:6443:localhost:6443", 'permitlisten="ADDRESS:6443"',
+                      "GatewayPorts clientspecified"):
+            assert f"`{words}`" in README
+        tunnel.change(tunnel.keys, 'listen="', f'listen="{address}:')
+        tunnel.stop()
+        tunnel.sshd_conf.write_text(tunnel.sshd_conf.read_text() + "    GatewayPorts clientspecified\n")
+        tunnel.start()
+    tunnel.ssh(line)
+    with wait(lambda: connected(tunnel.remote, address or "127.0.0.1"), tunnel.log) as there, \
+            tunnel.k3s.accept()[0] as here:
+        for one, two in ((there, here), (here, there)):
+            one.sendall(b"hello")
+            assert two.recv(5, socket.MSG_WAITALL) == b"hello"
+
+
+# What is wrong -> how the test makes it so, and ssh's words in README
+TUNNEL_TROUBLE = {
+    "host key unknown": (lambda it: (it.home / "known_hosts").write_text(""), "Host key verification failed"),
+    "host key of another": (
+        lambda it: it.change(it.home / "known_hosts", (it.folder / "host.pub").read_text().split()[1],
+                             (it.home / "id_ed25519.pub").read_text().split()[1]),
+        "Host key verification failed"),
+    "key not let in": (lambda it: it.keys.write_text(""), "Permission denied"),
+    "key with a passphrase": (
+        lambda it: subprocess.run(["ssh-keygen", "-p", "-N", "passphrase", "-f", it.home / "id_ed25519"],
+                                  check=True, capture_output=True), "Permission denied"),
+    "port there not permitted": (lambda it: it.change(it.keys, f'listen="{it.remote}', 'listen="1'),
+                                 "remote port forwarding failed for listen port 6443"),
+    "port there taken": (lambda it: it.beside(), "remote port forwarding failed for listen port 6443"),
+    "port here taken": (lambda it: socket.create_server(("127.0.0.1", it.local)),
+                        "cannot listen to port: 1994"),
+    "gateway not permitted": (lambda it: it.change(it.keys, 'open="localhost', 'open="127.0.0.1'),
+                              "administratively prohibited"),
+    "gateway not there": (lambda it: it.gateway.stop(), "open failed: connect failed"),
+}
+
+
+@pytest.mark.parametrize("name", TUNNEL_TROUBLE)
+def test_tunnel_trouble_is_said_in_the_words_of_readme_and_nobody_is_asked(tunnel, name):
+    """Whom ssh would ask for a yes or a passphrase here is `askpass`, who gives both."""
+    stub(tunnel.folder / "askpass", f'echo asked >> {tunnel.folder}/log\n'
+         'case $1 in *phrase*) echo passphrase;; *) echo yes; esac')
+    make, words = TUNNEL_TROUBLE[name]
+    taken = make(tunnel)
+    known = (tunnel.home / "known_hosts").read_text()
+    process = tunnel.ssh(SSH_ASKPASS=f"{tunnel.folder}/askpass", SSH_ASKPASS_REQUIRE="force", DISPLAY=":9")
+    if name.startswith("gateway"):
+        wait(lambda: connected(tunnel.local), tunnel.log).close()
+        wait(lambda: words in tunnel.log(), tunnel.log)
+        assert process.poll() is None
+    else:
+        assert process.wait(50) == 255 and tunnel.here(words) in tunnel.log()
+    assert f"| `{words}` |" in README and "asked" not in tunnel.log()
+    assert (tunnel.home / "known_hosts").read_text() == known
+    if isinstance(taken, socket.socket):
+        taken.close()
+
+
+@pytest.mark.parametrize("words", [
+    ["gateway-host"], ["gateway-host", "echo let in"], ["-tt", "gateway-host"],
+    ["-s", "gateway-host", "sftp"], ["-W", "localhost:6443", "gateway-host"],
+    ["-W", "127.0.0.1:GATEWAY", "gateway-host"], ["-N", "-R", "OTHER:localhost:6443", "gateway-host"],
+    ["-N", "-R", "FOLDER/socket:localhost:6443", "gateway-host"]],
+    ids=["shell", "command", "terminal", "sftp", "port", "name", "listen", "listen-on-a-socket"])
+def test_tunnel_key_opens_nothing_else(tunnel, words):
+    names = {"GATEWAY": tunnel.gateway.port, "OTHER": tunnel.other, "FOLDER": tunnel.folder}
+    words = [re.sub("|".join(names), lambda found: str(names[found[0]]), word) for word in words]
+    tunnel.k3s.settimeout(0)
+    hello = "\0\0\0\5\1\0\0\0\3" if "sftp" in words else "echo let in\n"
+    code, output = tunnel.asked(*words, input=hello)
+    assert code != 0 and output == "" and "Accepted publickey" in tunnel.log()
+    assert not tunnel.gateway.connections and pytest.raises(BlockingIOError, tunnel.k3s.accept)
+
+
+def test_tunnel_key_opens_the_way_to_the_gateway(tunnel):
+    code, output = tunnel.asked("-W", "localhost:31994", "gateway-host", input="GET / HTTP/1.1\r\n\r\n")
+    assert code == 0 and output.startswith("HTTP/1.1 401")
+
+
+def test_tunnel_keys_commands_print_what_is_to_be_compared_and_keep_the_key(tunnel):
+    def fingerprint(path):
+        return re.search("SHA256:[^ ]+", subprocess.check_output(["ssh-keygen", "-lf", path], text=True))[0]
+
+    key = tunnel.home / "id_ed25519"
+    public = key.with_suffix(".pub").read_text()
+    assert fingerprint(tunnel.folder / "host.pub") in tunnel.printed and tunnel.printed.endswith(public)
+    assert (mode_of(tunnel.home), mode_of(key)) == (0o700, 0o600)
+    assert tunnel.make_keys() == tunnel.printed
+
+
+def test_tunnel_options_rule_over_the_configuration_of_the_user(tunnel):
+    words = tunnel.here(SSH).replace("ssh", "ssh -G", 1).split()
+    found = subprocess.check_output(words, text=True).lower().splitlines()
+    assert {"batchmode yes", "exitonforwardfailure yes", "serveraliveinterval 15", "serveralivecountmax 3",
+            "controlmaster false", "forwardagent no", "forwardx11 no", "sessiontype none",
+            "requesttty false"} <= set(found) and not any(str(tunnel.folder / "master") in x for x in found)
+
+
+def test_tunnel_loop_runs_the_ssh_of_the_unit():
+    assert f"do {SSH}; done'" in LOOP
+
+
+@pytest.mark.parametrize("line", [
+    "Restart=always", "RestartSec=5", "StartLimitIntervalSec=0", "NoNewPrivileges=yes", "User=beta9-agent",
+    "StateDirectory=beta9-agent"])
+def test_tunnel_unit_directive_is_there_once(line):
+    assert TUNNEL.splitlines().count(line) == 1
+
+
+def test_tunnel_unit_starts_are_spread(tmp_path):
+    stub(tmp_path / "sleep", "echo $1")
+    command = re.search("^ExecStartPre=(.*)", TUNNEL, re.M)[1].replace("%%", "%")
+    pauses = {shell(command, tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}").stdout for _ in range(40)}
+    assert len(pauses) > 1 and all(0 <= int(pause) < 5 for pause in pauses)
+
+
+@needs_systemd
+def test_tunnel_unit_is_accepted_in_silence_and_exposed_no_more_than_3(tmp_path):
+    path = tmp_path / "beta9-tunnel.service"
+    path.write_text(TUNNEL.replace("/usr/bin/ssh", shutil.which("ssh") or sys.executable))
+    done = analyze("verify", str(path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    if "--offline" in analyze("--help").stdout:
+        done = analyze("security", "--offline=true", str(path))
+        assert float(re.search(r"exposure level for beta9-tunnel.service: ([0-9.]+)", done.stdout)[1]) <= 3
+
+
 # ---- soak
 @pytest.fixture
 def stop():
