@@ -8,8 +8,8 @@
 Read it before you run it: its token may run anything on this machine.
 
 Sends   POST /api/v1/machine/register and /keepalive to the gateway you name
-Reads   the files you name, /etc/machine-id, the hardware through psutil and NVML
-Writes  its state folder, logs to standard error, answers to standard output
+Reads   the files you name, /etc/machine-id, hardware by psutil and NVML
+Writes  its state folder, logs to standard error and systemd, answers to standard output
 Exits   0 stopped as asked | 1 unexpected error, missing package | 2 bad option, variable or file
         69 gateway out of reach | 75 already running | 77 token refused | 78 machine refused
 """
