@@ -188,7 +188,7 @@ TRY_HEALTH = "check --gateway-host and --gateway-port, try `curl {config.gateway
 ANSWERS = (
     ("keepalive .*(machine_expired|machine.not.found)", Kind.FORGOTTEN, "registering again"),
     (".*invalid.pool", Kind.REFUSED, "the gateway has no pool {config.pool_name}, check --pool-name"),
-    (".*(invalid (machine|gpu|payload)|are required)", Kind.REFUSED, "see what is sent with --dry-run"),
+    (".*(invalid (machine|gpu|payload)|are required)", Kind.REFUSED, "look with --dry-run"),
     (".*unable to create remote config|keepalive 404 not found", Kind.REFUSED,
      "an upstream gateway, without keepalive route: the Beta9 fork is needed"),
     (r"\S+ 401|.*invalid_token", Kind.DENIED, "wrong token or database trouble: " + NEW_TOKEN),
@@ -403,7 +403,7 @@ UNUSED = ["--tailscale-url", "--tailscale-auth", "--flux-upstream", "--flux-bran
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        shown = re.sub(r"(?s)['\"].*|(arguments(: --[\w-]+)?).*", r"\1", message)  # no token
+        shown = re.sub(r"(?s)['\"].*|(arguments(: --[\w-]{,12})?).*", r"\1", message)  # no token
         raise AgentError(f"{shown}: see --help")
 
 
@@ -468,7 +468,7 @@ def read_settings(argv: list[str], environ: Any) -> dict[str, tuple[str, str]]:
             if text or text is given == "":
                 settings[option.name] = str(text), source
     if parsed.unused:
-        LOG.info("Tailscale and Flux are not used: %s", ", ".join(UNUSED))
+        LOG.info("Tailscale and Flux are not used")
     return settings
 
 
@@ -941,7 +941,7 @@ def dry_run(config: Config, machine_id: str) -> int:
     agent = Agent(config, machine_id)
     for call in (REGISTER, KEEPALIVE):
         payload = agent.payload(call)
-        with contextlib.suppress(OSError):  # ends before it connects
+        with contextlib.suppress(OSError, ValueError):  # ends before it connects
             agent.wire.exchange(call, payload, 1)
         print(f"POST {config.gateway}/api/v1/machine/{call} {json.dumps(payload, indent=2, default=str)}")
     return 0
@@ -955,7 +955,7 @@ def run(config: Config) -> int:
     if config.dry_run:
         return dry_run(config, machine_id)
     if config.dev:
-        config.gateway_host, config.gateway_port = "127.0.0.1", start_stand_in()
+        config.gateway_host, config.gateway_port, config.tls = "127.0.0.1", start_stand_in(), False
     else:
         try:
             os.makedirs(folder, exist_ok=True)

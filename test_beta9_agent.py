@@ -1067,13 +1067,11 @@ def test_token_for_dev_is_made_up():
 
 @pytest.mark.parametrize("argv", [
     ["--token", "SECRET two"], ["--k3s-token", "SECRET\nx"], ["--tokn", "SECRET"], ["--tokn=SECRET"],
-    ["SECRET"],
-    ["--debug=SECRET"], ["--once=SECRET"], ["--token", "good", "SECRET"], ["--token"], ["--tok", "SECRET"],
-    ["--token", "--SECRET"][:1], ["--pool-name", "gpu", "SECRET", "--once"], ["--once=SEC'SECRET"],
-    ["--tokn", "a\nSECRET"]],
+    ["SECRET"], ["--debug=SECRET"], ["--once=SECRET"], ["--token", "good", "SECRET"], ["--token"],
+    ["--tok", "SECRET"], ["--token", "--SECRET"], ["--pool-name", "gpu", "SECRET", "--once"],
+    ["--once=SEC'SECRET"], ["--tokn", "a\nSECRET"], ["--tokenpiece8-SECRET"]],
     ids=["token", "k3s", "typo", "typo-equals", "word", "switch", "once", "second-word", "no-value",
-         "abbreviated",
-         "dashes", "word-between", "quote", "second-line"])
+         "abbreviated", "dashes", "word-between", "quote", "second-line", "run-together"])
 def test_bad_command_line_never_shows_a_value(argv):
     try:
         _, problems = settings_of(*argv)
@@ -3223,6 +3221,11 @@ def test_dev_once_ready_without_token(box):
     assert not (box.folder / "state").exists() and done.stdout == ""
 
 
+def test_dev_is_in_cleartext_whatever_the_gateway_needs(box):
+    done = box.run("--dev", "--once", BETA9_TOKEN="", BETA9_TLS="1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_dry_run_shows_settings_and_bodies_without_network(box, gateway):
     done = box.run("--dry-run", "--k3s-token", K3S, "--gateway-host", "127.0.0.1", BETA9_POOL_NAME="gpu",
                    BETA9_GATEWAY_PORT=str(gateway.port))
@@ -3236,6 +3239,12 @@ def test_dry_run_shows_settings_and_bodies_without_network(box, gateway):
     assert TOKEN not in done.stdout + done.stderr and K3S not in done.stdout + done.stderr
     assert not (box.folder / "state").exists()
     assert box.run("--dry-run", BETA9_TOKEN="").returncode == 2
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".b"], ids=["empty-label", "long-label"])
+def test_dry_run_of_a_name_that_no_dns_can_hold_shows_the_bodies(box, host):
+    done = box.run("--dry-run", "--gateway-host", host)
+    assert (done.returncode, done.stdout.count(f"POST http://{host}:1994/")) == (0, 2), done.stderr
 
 
 ENDS = {  # exit code, the calls that were made, words, options, and faults for register and keepalive
