@@ -468,7 +468,7 @@ def read_settings(argv: list[str], environ: Any) -> dict[str, tuple[str, str]]:
             if text or text is given == "":
                 settings[option.name] = str(text), source
     if parsed.unused:
-        LOG.info("Tailscale and Flux are not used")
+        LOG.info("not used: %s", ", ".join(UNUSED))
     return settings
 
 

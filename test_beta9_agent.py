@@ -2286,7 +2286,7 @@ def test_token_file_spoilt_later_the_last_token_serves_with_few_warnings(box, ga
         content is None or os.mkfifo(path)
     else:
         path.write_bytes(content)
-    for _ in range(12):
+    for _ in range(6):
         gateway.ready_again()
     assert {bearer(link) for link in gateway.seen} == {TOKEN}
     warnings = [line for line in process.log().splitlines() if "the last one serves" in line]
