@@ -3531,24 +3531,37 @@ def stub(path, text="exit 0"):
     path.chmod(0o755)
 
 
-def test_install_commands_put_three_files_in_place(folder):
-    """In a root of its own; what changes the machine is replaced by a note of it."""
-    names = ("apt-get", "python3", "useradd", "systemctl", "pip")
+def in_a_root(folder, name, words=None, good=True):
+    """README's block with the folder as its root, where /usr/bin holds stubs of what changes a machine."""
+    command = re.sub("/(opt|etc|var|usr/bin)/", rf"{folder}/\1/", block(f"test: {name}"))
+    done = shell(command, folder, PATH=f"{folder}/usr/bin:{os.environ['PATH']}")
+    assert (done.returncode == 0) is good, done
+    assert words in done.stderr if words else done.stderr == "" or not good, done
+    return done.stdout
+
+
+def test_install_commands_put_three_files_in_place_and_uninstall_takes_all_away(folder):
+    names = ("apt-get", "python3", "useradd", "userdel", "systemctl", "pip")
     for name in names:
-        stub(folder / "bin" / name, f'echo "{name} $*" >> "{folder}/said"')
-    stub(folder / "bin/id", "exit 1")
-    shutil.copytree(folder / "bin", folder / "opt/beta9-agent/venv/bin")
+        stub(folder / "usr/bin" / name, f'echo "{name} $*" >> "{folder}/said"')
+    stub(folder / "usr/bin/id", "exit 1")
+    shutil.copytree(folder / "usr/bin", folder / "opt/beta9-agent/venv/bin")
     (folder / "etc/systemd/system").mkdir(parents=True)
-    command = re.sub("/(opt|etc)/", rf"{folder}/\1/", block("test: install"))
-    done = shell(command, folder, PATH=f"{folder}/bin:{os.environ['PATH']}")
-    assert (done.returncode, done.stderr) == (0, "")
+    (folder / "var/lib/beta9-agent").mkdir(parents=True)
+    kept = sorted(path for path in folder.rglob("*") if "opt/beta9-agent" not in str(path))
+    in_a_root(folder, "install")
     unit, env = folder / "etc/systemd/system/beta9-agent.service", folder / "etc/beta9-agent.env"
     assert (unit.read_text(), mode_of(unit)) == (UNIT, 0o644)
     assert (env.read_text(), mode_of(env)) == (ENV, 0o600)
     assert (folder / "opt/beta9-agent/beta9_agent.py").read_bytes() == SOURCE.read_bytes()
     said = (folder / "said").read_text().splitlines()
     assert said[-1] == "systemctl enable --now beta9-agent"
-    assert {line.split()[0] for line in said} == set(names)
+    assert {line.split()[0] for line in said} == set(names) - {"userdel"}
+    in_a_root(folder, "uninstall")
+    kept.remove(folder / "var/lib/beta9-agent")
+    assert sorted(path for path in folder.rglob("*") if path.name != "said") == kept
+    assert (folder / "said").read_text().splitlines()[len(said):] == [
+        "systemctl disable --now beta9-agent", "userdel beta9-agent", "systemctl daemon-reload"]
 
 
 @pytest.fixture
@@ -3649,31 +3662,45 @@ def test_health_check_by_age_of_the_lock_tells_alive_from_not(tmp_path, way, age
     assert done.stdout.startswith(("OK: " if good else "CRITICAL: ") if way == "plugin" else "")
 
 
-def test_upgrade_commands_replace_the_file_in_one_step(folder):
-    opt = folder / "opt/beta9-agent"
-    stub(opt / "venv/bin/python", f'exec "{sys.executable}" "$@"')
-    stub(folder / "bin/systemctl", 'echo "systemctl $*"')
-    (opt / "beta9_agent.py").write_text("old")
-    done = shell(block("test: upgrade").replace("/opt/", f"{folder}/opt/"), folder,
-                 PATH=f"{folder}/bin:{os.environ['PATH']}")
-    first, version, last = done.stdout.splitlines()
+@pytest.fixture
+def installed(folder):
+    """The folder in whose root an old agent is installed."""
+    stub(folder / "opt/beta9-agent/venv/bin/python", f'exec "{sys.executable}" "$@"')
+    stub(folder / "opt/beta9-agent/venv/bin/pip", 'echo "pip $*"')
+    stub(folder / "usr/bin/systemctl", 'echo "systemctl $*"')
+    (folder / "opt/beta9-agent/beta9_agent.py").write_text("old")
+    (folder / "etc").mkdir()
+    (folder / "etc/beta9-agent.env").write_text(ENV)
+    return folder
+
+
+def test_upgrade_commands_replace_the_file_in_one_step_and_there_is_a_way_back(installed):
+    opt = installed / "opt/beta9-agent"
+    first, version, last = in_a_root(installed, "upgrade", "ready after").splitlines()
     assert version == f"beta9-agent {b9.VERSION} ({first})" and last == "systemctl restart beta9-agent"
     assert (opt / "beta9_agent.py").read_bytes() == SOURCE.read_bytes() and not list(opt.glob("*.new"))
-    assert re.search("ready after", done.stderr)
+    assert in_a_root(installed, "back") == "systemctl restart beta9-agent\n"
+    assert (opt / "beta9_agent.py").read_text() == "old"
+
+
+def test_upgrade_of_the_packages_names_those_that_were_installed(installed):
+    pip, restart = in_a_root(installed, "packages").splitlines()
+    assert pip.replace(" --upgrade", "") in block("test: install")
+    assert restart == "systemctl restart beta9-agent"
+
+
+def test_settings_of_the_service_are_shown_with_their_sources(installed):
+    shutil.copy(SOURCE, installed / "opt/beta9-agent")
+    shown = in_a_root(installed, "settings")
+    assert "pool_name: gpu  (BETA9_POOL_NAME)\n" in shown and "YOUR-MACHINE-TOKEN" not in shown
 
 
 @pytest.mark.parametrize("content", ["cut off(", "", TEXT[:TEXT.index("# ---- 13")]],
                          ids=["broken", "empty", "cut-off-between-rooms"])
-def test_upgrade_to_a_file_that_does_not_start_leaves_the_old_one(folder, content):
-    opt = folder / "opt/beta9-agent"
-    stub(opt / "venv/bin/python", f'exec "{sys.executable}" "$@"')
-    stub(folder / "bin/systemctl", 'echo "systemctl $*"')
-    (opt / "beta9_agent.py").write_text("old")
-    (folder / "beta9_agent.py").write_text(content)
-    done = shell(block("test: upgrade").replace("/opt/", f"{folder}/opt/"), folder,
-                 PATH=f"{folder}/bin:{os.environ['PATH']}")
-    assert done.returncode != 0 and "systemctl" not in done.stdout
-    assert (opt / "beta9_agent.py").read_text() == "old"
+def test_upgrade_to_a_file_that_does_not_start_leaves_the_old_one(installed, content):
+    (installed / "beta9_agent.py").write_text(content)
+    assert "systemctl" not in in_a_root(installed, "upgrade", good=False)
+    assert (installed / "opt/beta9-agent/beta9_agent.py").read_text() == "old"
 
 
 @pytest.mark.parametrize("answers, shown", [
@@ -3683,7 +3710,8 @@ def test_upgrade_to_a_file_that_does_not_start_leaves_the_old_one(folder, conten
 def test_check_commands_tell_gateway_token_and_keepalive(tmp_path, gateway, certificates, answers, shown):
     if not shutil.which("curl"):
         pytest.skip("no curl")
-    gateway.always = lambda link: says(answers[link.call.partition("?")[0]])(link)
+    date = "Date: Mon, 23 Nov 2026 12:00:00 GMT"
+    gateway.always = lambda link: says(answers[link.call.partition("?")[0]], b"", date)(link)
     (tmp_path / "token").write_text(TOKEN + "\n")
     if answers is None:
         gateway.stop()
@@ -3691,7 +3719,8 @@ def test_check_commands_tell_gateway_token_and_keepalive(tmp_path, gateway, cert
         command = block("test: check").replace("1994", str(gateway.port)).replace("6443", str(k3s.port))
         done = shell(command, tmp_path, http_proxy="http://127.0.0.1:9")
     assert all(re.search(f"^{line} in [0-9.]+ s$", done.stdout, re.M | re.S) for line in shown), done.stdout
-    assert "k3s: 401 in" in done.stdout and "clocks: " in done.stdout and TOKEN not in done.stdout
+    assert "k3s: 401 in" in done.stdout and TOKEN not in done.stdout
+    assert f"\nclocks: {date if answers else ''} here " in done.stdout
     asked = {bearer(link) for link in gateway.seen if "health" not in link.call}
     assert asked == ({TOKEN} if answers else set())
 
@@ -3824,7 +3853,7 @@ class Tunnel:
 
     def make_keys(self):
         """By README's commands, less what needs root; what they printed."""
-        for name in ("id", "useradd"):
+        for name in ("id", "useradd", "chown"):
             stub(self.folder / "bin" / name)
         stub(self.folder / "bin/install", 'for last; do :; done; mkdir -p "$last"')
         stub(self.folder / "bin/runuser", 'shift 3; exec "$@"')
