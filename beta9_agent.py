@@ -10,8 +10,8 @@ Read it before you run it: its token may run anything on this machine.
 Sends   POST /api/v1/machine/register and /keepalive to the gateway you name
 Reads   the files you name, /etc/machine-id, hardware by psutil and NVML
 Writes  its state folder, logs to standard error and systemd, answers to standard output
-Exits   0 stopped as asked | 1 unexpected error, missing package | 2 bad option, variable or file
-        69 gateway out of reach | 75 already running | 77 token refused | 78 machine refused
+Exits   0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway out of reach,
+        75 already running, 77 token refused, 78 machine refused
 """
 # ---- 1 What this program does
 import argparse
@@ -41,12 +41,11 @@ if sys.version_info < (3, 10):
 # ---- 2 Vocabulary
 VERSION = "0.1.0"
 REGISTER, KEEPALIVE = "register", "keepalive"
-SIZE_LIMIT = 64 * 1024      # bytes
+SIZE_LIMIT = 65536          # bytes
 REQUEST_DEADLINE, HOST_DEADLINE = 10.0, 5.0
 DENIED_PATIENCE = 60.0      # 401 may be database trouble
 QUIET = 600.0
 LOG = logging.getLogger("beta9-agent")
-Offer = dict[str, str]
 
 
 class AgentError(Exception):
@@ -100,7 +99,7 @@ class Outcome(NamedTuple):
 
 class Lease(NamedTuple):
     due: float
-    ttl: float = 300.0
+    ttl: float = 299.0                  # a guess
     registered: bool = False
     kept: bool = False                  # alive since registered
     confirmed: float = 0.0
@@ -149,7 +148,6 @@ def parse_json(body: bytes) -> Any:
 
 
 def is_private(address: str) -> bool:
-    """Loopback, private, link-local, shared (VPNs use it)."""
     return any(ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in (
         "127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16",
         "::1", "fc00::/7", "fe80::/10"))
@@ -191,8 +189,8 @@ ANSWERS = (
     (".*(invalid (machine|gpu|payload)|are required)", Kind.REFUSED, "look with --dry-run"),
     (".*unable to create remote config|keepalive 404 not found", Kind.REFUSED,
      "an upstream gateway, without keepalive route: the Beta9 fork is needed"),
-    (r"\S+ 401|.*invalid_token", Kind.DENIED, "wrong token or database trouble: " + NEW_TOKEN),
-    (r"\S+ 403", Kind.FORBIDDEN, "no machine token, or expired: " + NEW_TOKEN),
+    (r"\S+ 401|.*invalid_token", Kind.DENIED, "wrong token or database trouble, " + NEW_TOKEN),
+    (r"\S+ 403", Kind.FORBIDDEN, "no machine token, or expired, " + NEW_TOKEN),
     (r"\S+ 3", Kind.TROUBLE, "redirects are never followed, " + TRY_HEALTH),
     (r"\S+ (5|429)", Kind.TROUBLE, "trouble on the gateway, " + TRY_HEALTH),
     ("", Kind.TROUBLE, "is this the gateway? " + TRY_HEALTH),
@@ -204,7 +202,7 @@ def classify(call: str, status: int, headers: Mapping[str, str], body: bytes, ma
     answer = parse_json(body)
     fields = mapping(answer)
     state = mapping(fields.get("machine_state"))
-    good = fields is answer and status == 200 and (call == REGISTER or fields.get("status") == "ok")
+    good = answer is fields and status == 200 and (call == REGISTER or fields.get("status") == "ok")
     if good and not fields.get("error_code") and state.get("machine_id", machine_id) == machine_id:
         ttl: Any = state.get("ttl_seconds")
         return Outcome(Kind.OK, visible(", ".join(mapping(fields.get("config")))),
@@ -228,10 +226,6 @@ def backoff(failing_for: float, cap: float, draw: Callable[[float, float], float
     return draw(min(1.0, ceiling / 4), ceiling)
 
 
-def beat_of(interval: float, ttl: float) -> float:
-    return min(interval, ttl / 3)
-
-
 def next_call(lease: Lease, now: float) -> str:
     return KEEPALIVE if lease.registered and now - lease.confirmed <= lease.ttl else REGISTER
 
@@ -240,7 +234,7 @@ def lease_after(lease: Lease, call: str, outcome: Outcome, now: float, interval:
                 draw: Callable[[float, float], float]) -> Lease:
     """What a `call` that ended so at `now` makes of the lease."""
     ttl = outcome.ttl or lease.ttl
-    beat = beat_of(interval, ttl)
+    beat = min(interval, ttl / 3)
     since = lease.failing_since or now
     denied = outcome.kind in (Kind.DENIED, Kind.FORBIDDEN)
     lease = lease._replace(ttl=ttl, denied_since=(lease.denied_since or now) if denied else None)
@@ -268,7 +262,7 @@ def exit_code_of(outcome: Outcome, lease: Lease, waited: float, now: float, conf
     return EXIT_CODES.get(outcome.kind, 69) if final else None
 
 
-def offer_of(metrics: Metrics, gpus: list[Gpu] | None, config: Config) -> Offer:
+def offer_of(metrics: Metrics, gpus: list[Gpu] | None, config: Config) -> dict[str, str]:
     count = None if gpus is None else sum(gpu.name != "" for gpu in gpus)
     found = (("cpu", metrics.total_cpu_available, config.max_cpu, "m"),
              ("memory", metrics.total_memory_available, config.max_memory, "Mi"),
@@ -299,7 +293,8 @@ class Trouble:
 
 
 # ---- 4 Wire shapes and texts
-def register_payload(config: Config, machine_id: str, offer: Offer, private_ip: str) -> dict[str, Any]:
+def register_payload(config: Config, machine_id: str, offer: dict[str, str],
+                     private_ip: str) -> dict[str, Any]:
     """All strings; `token` is that of k3s. Source: gateway-api."""
     return {"token": config.k3s_token or "", "machine_id": machine_id, "provider_name": config.provider_name,
             "pool_name": config.pool_name, "hostname": config.hostname or f"machine-{machine_id}",
@@ -312,7 +307,7 @@ def keepalive_payload(config: Config, machine_id: str, metrics: Metrics) -> dict
             "agent_version": f"{VERSION}-python", "metrics": known}
 
 
-def format_offer(offer: Offer) -> str:
+def format_offer(offer: dict[str, str]) -> str:
     return "{cpu} CPU, {memory} memory, {gpu_count} GPUs".format(**offer)
 
 
@@ -328,7 +323,7 @@ def rule(pattern: str, convert: Callable[[str], Any] = str, low: float = 0, high
 
 NUMBER = r"[0-9]{1,9}(\.[0-9]{1,9})?"
 TEXT = rule(r"(?! )[^\x00-\x1f\x7f]+")
-TOKEN = rule(r"[!#-\[\]-~]+", Secret)
+TOKEN = functools.cache(rule(r"[!#-\[\]-~]+", Secret))  # the same for the same text
 HOST = rule(r"(?i)\w[\w.-]{0,252}|\[?([0-9a-f.]*:){2,}[0-9a-f.]*\]?", lambda text: text.strip("[]"))
 SWITCH = rule("(?i)1|true|yes|on|0|false|no|off", lambda text: text.lower() in "1 true yes on")
 
@@ -352,7 +347,7 @@ class Option(NamedTuple):
 
     @property
     def variable(self) -> str:
-        return "" if self.name in ("once", "dry_run", "dev", "version") else "BETA9_" + self.name.upper()
+        return "" if self.name in "once dry_run dev version" else "BETA9_" + self.name.upper()
 
     @property
     def key(self) -> str:
@@ -373,14 +368,14 @@ OPTIONS = [Option(group, *row) for group, rows in {
     ),
     "gateway": (
         ("gateway_host", HOST, "host or IP of the gateway, without scheme or port", "localhost"),
-        ("gateway_port", rule(NUMBER, int, 1, 65535), "its HTTP port, 1 to 65535", "1994"),
+        ("gateway_port", rule(NUMBER, int, 1, 65535), "its port, 1 to 65535", "1994"),
         ("tls", SWITCH, "https, verified", "false"),
         ("ca_file", read_ca_file, "PEM file of the roots to trust instead"),
         ("allow_cleartext", SWITCH, "http to public addresses too", "false"),
     ),
     "this machine": (
         ("private_ip", lambda text: str(ipaddress.ip_address(text)), "address of this machine, else found"),
-        ("max_cpu", rule(NUMBER, lambda text: int(float(text) * 1000)), "cores to offer, 6.5 say"),
+        ("max_cpu", rule(NUMBER, lambda text: round(float(text) * 1000)), "cores to offer, 6.5 say"),
         ("max_memory", rule("[0-9]{1,9}[MG]i", lambda text: int(text[:-2]) << 10 * ("G" in text)),
          "memory to offer, 48Gi or 49152Mi say"),
         ("max_gpus", rule("[0-9]{1,5}", int), "count of GPUs to offer"),
@@ -408,7 +403,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    parser = Parser("beta9_agent.py", "beta9_agent.py [options]", __doc__.split("\n")[0], allow_abbrev=False)
+    title = str(__doc__).split("\n")[0]
+    parser = Parser("beta9_agent.py", "beta9_agent.py [options]", title, allow_abbrev=False)
     group_named = functools.cache(parser.add_argument_group)
     for option in OPTIONS:
         action = "store_true" if option.parse is SWITCH else "store"
@@ -532,7 +528,10 @@ def call_within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 class Aside:
-    """A daemon thread for what no alarm interrupts; one at most is stuck."""
+    """A daemon thread for what no alarm interrupts. Once late, it gives the answer before at once."""
+
+    answer: Any = None
+    late = False
 
     def __init__(self) -> None:
         self.done = threading.Event()
@@ -549,15 +548,18 @@ class Aside:
 
         if not self.done.is_set():
             return TimeoutError()
-        done = threading.Event()
+        answer, done = self.answer, threading.Event()
         threading.Thread(target=run, daemon=True).start()
         self.done = done
-        done.wait()  # an interrupted join takes the thread for dead
-        return self.answer
+        if not self.late:
+            self.late = True
+            done.wait()  # an interrupted join takes the thread for dead
+            self.late, answer = False, self.answer
+        return answer
 
 
 def load_nvml() -> Any:
-    """None without a driver, as importing it is slow. Raises ImportError."""
+    """None without a driver. Raises ImportError."""
     import ctypes
     with contextlib.suppress(OSError):
         ctypes.CDLL("libnvidia-ml.so.1")
@@ -576,9 +578,10 @@ def read_gpu(nvml: Any, index: int) -> Gpu:
 
 def list_gpus() -> list[Gpu] | None:
     """None where a driver cannot say. NVML is closed for driver upgrades."""
-    nvml = None
-    with contextlib.suppress(ImportError):
+    try:
         nvml = load_nvml()
+    except ImportError:
+        nvml = None
     if not nvml:
         return []
     try:
@@ -592,7 +595,7 @@ def list_gpus() -> list[Gpu] | None:
 
 
 def find_private_ip(config: Config) -> str:
-    """Towards the gateway, else towards the default route, else the first that fits."""
+    """Towards the gateway, else the default route, else the first that fits."""
     import psutil
     found = []
     for target in (config.gateway_host, "198.51.100.1"):  # RFC 5737; nothing is sent
@@ -610,10 +613,10 @@ def find_private_ip(config: Config) -> str:
 
 
 class Host:
-    """Samples this machine; load is the average since the last sample."""
+    """Load is the average since the last sample."""
 
     def __init__(self) -> None:
-        self.driver, self.disk = Aside(), Aside()
+        self.driver, self.disk, self.address = Aside(), Aside(), Aside()
 
     def ask(self, aside: Aside, what: str, question: Callable[[], Any], seconds: float) -> Any:
         try:
@@ -634,11 +637,10 @@ class Host:
 # ---- 7 Wire
 # The first that matches the error holds.
 FAILURES = (
-    ("connection ?refused", "connection refused: is the gateway running, or the SSH tunnel up?"
-     " `ssh -L {config.gateway_port}:localhost:31994 your-gateway-host`, "),
+    ("connection ?refused", "connection refused: is the gateway running, or the SSH tunnel up? "),
     ("Timeout", "no whole answer in time: "),
     ("resolve|Errno -", "no address for {config.gateway_host}: check the DNS, "),
-    ("certificate has expired", "its certificate has expired: renew it, check this clock, "),
+    ("has expired|not yet", "its certificate is not valid now: renew it, check this clock, "),
     ("mismatch|'t match", "its certificate is not for {config.gateway_host}: give its name, "),
     ("VERIFY_FAILED", "its certificate's issuer is unknown: give --ca-file, "),
     ("SSL", "no TLS 1.2 there: cleartext port? "),
@@ -649,8 +651,9 @@ FAILURES = (
 def describe_failure(error: BaseException, config: Config) -> Outcome:
     if isinstance(error, AgentError):
         return Outcome(Kind.UNSAFE, str(error))
-    text = next(text for pattern, text in FAILURES if re.search(pattern, repr(error), re.I))
-    return Outcome(Kind.TROUBLE, (text + TRY_HEALTH).format(config=config, error=visible(repr(error))))
+    said = re.split("[)>]: ", repr(error))[-1]  # without the host
+    text = next(text for pattern, text in FAILURES if re.search(pattern, said, re.I))
+    return Outcome(Kind.TROUBLE, (text + TRY_HEALTH).format(config=config, error=visible(said)))
 
 
 class Wire:
@@ -662,8 +665,9 @@ class Wire:
         socket.getaddrinfo = self.look_up
 
     def look_up(self, host: Any, port: Any, *rest: Any, **named: Any) -> Any:
-        """Every connection, a proxy's too, begins here. Raises AgentError."""
+        """Every connection begins here, a proxy's too. Raises AgentError."""
         config = self.config
+        self.resolver.late = False  # another host
         found = self.resolver.ask(lambda: getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=config.dry_run * socket.AI_NUMERICHOST))
         if isinstance(found, Exception):
@@ -728,7 +732,7 @@ def read_machine_id(folder: str) -> str | None:
         with contextlib.suppress(AgentError):
             if kept := re.fullmatch(f"([0-9a-f]{{8}}) {read_fingerprint()}\n", read_file(path)):
                 return kept[1]
-        LOG.warning("%s is damaged or another machine's: this machine gets a new id", path)
+        LOG.warning("%s is unreadable, damaged or another machine's: this machine gets a new id", path)
     return None
 
 
@@ -736,22 +740,21 @@ def write_machine_id(folder: str, machine_id: str) -> None:
     path = f"{folder}/machine-id"
     with open(path + ".new", "w") as file:
         os.fchmod(file.fileno(), 0o600)
-        file.write(f"{machine_id} {read_fingerprint()}\n")
-        file.flush()
+        print(machine_id, read_fingerprint(), file=file, flush=True)
         os.fsync(file.fileno())
     os.replace(path + ".new", path)
 
 
 def take_lock(path: str) -> Any:
-    """Its time is the last confirmed keepalive, for monitors."""
+    """Its time is the last confirmed keepalive."""
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        pid = visible(read_file(path).strip())
-        raise AgentError(f"pid {pid} keeps this machine: stop it, or give another --machine-id", 75) from None
+        raise AgentError(f"pid {visible(read_file(path).strip())} keeps this machine: stop it, or give"
+                         " another --machine-id", 75) from None
     file.truncate(0)
-    os.write(file.fileno(), b"%d\n" % os.getpid())
+    print(os.getpid(), file=file, flush=True)
     os.utime(path, (0, 0))
     return file
 
@@ -765,7 +768,7 @@ def notify(state: str) -> None:
 
 
 class Stop:
-    """Set by a signal; a second one meets the default action."""
+    """Set by a signal; a second one ends at once."""
 
     def __init__(self) -> None:
         self.at: float | None = None
@@ -793,6 +796,7 @@ class Agent:
         self.config, self.machine_id, self.host, self.wire = config, machine_id, Host(), Wire(config)
         self.started = self.told = read_clock()
         self.lease, self.ready, self.trouble, self.stale = Lease(self.started), False, Trouble(), Trouble()
+        self.private_ip: str | None = None
         self.metrics, self.gpus = self.host.sample()
         self.offer = self.seen = {"cpu": "0m", "gpu_count": "0"} | offer_of(self.metrics, self.gpus, config)
 
@@ -802,7 +806,7 @@ class Agent:
                  config.pool_name, config.gateway, format_offer(self.offer),
                  "".join(f", {gpu.name or 'lost'}" for gpu in self.gpus or ()))
         if not (config.hostname and config.k3s_token):
-            LOG.warning("no worker can be deployed here: give --hostname and --k3s-token")
+            LOG.warning("no worker can run here: give --hostname and --k3s-token")
         for name, key in (("max_cpu", "cpu"), ("max_memory", "memory"), ("max_gpus", "gpu_count")):
             if (getattr(config, name) or 0) > int(self.offer[key].rstrip("mMi")):
                 LOG.warning("%s is above what is there, %s: lower it", name, self.offer[key])
@@ -810,7 +814,7 @@ class Agent:
             source = config.sources.get(name, "")
             if source[:2] == "--":
                 LOG.warning("%s shows in `ps`: use %s-file", source, source)
-            elif name in config.files and os.stat(config.files[name]).st_mode & 0o77:
+            elif os.path.isfile(source) and os.stat(source).st_mode & 0o77:
                 LOG.warning("others can read the token: `chmod 600 %s`", source)
         try:
             load_nvml()
@@ -823,20 +827,24 @@ class Agent:
             try:
                 if not os.path.isfile(path):
                     raise ValueError
-                setattr(self.config, name, TOKEN(read_file(path).rstrip("\r\n")))
+                token = TOKEN(read_file(path).rstrip("\r\n"))
+                if name == "k3s_token" and token is not self.config.k3s_token:
+                    self.lease = self.lease._replace(registered=False)
+                setattr(self.config, name, token)
             except (AgentError, ValueError):
                 if self.stale.fault(read_clock()):
                     LOG.warning("%s: no token there, the last one serves", visible(path))
 
     def payload(self, call: str) -> dict[str, Any]:
-        self.refresh()
         if call == KEEPALIVE:
             return keepalive_payload(self.config, self.machine_id, self.metrics)
-        ip = self.host.ask(self.wire.resolver, "DNS", lambda: find_private_ip(self.config), HOST_DEADLINE)
-        return register_payload(self.config, self.machine_id, self.offer, ip or "")
+        if self.private_ip is None:  # once: the last act is short
+            self.private_ip = self.host.ask(
+                self.host.address, "DNS", lambda: find_private_ip(self.config), HOST_DEADLINE)
+        return register_payload(self.config, self.machine_id, self.offer, self.private_ip or "")
 
     def look(self) -> None:
-        with contextlib.suppress(OSError):  # no files left: what is known must do
+        with contextlib.suppress(OSError):  # no files left
             self.metrics, self.gpus = self.host.sample()
         offer = self.offer | offer_of(self.metrics, self.gpus, self.config)
         if offer == self.seen != self.offer:
@@ -870,14 +878,16 @@ class Agent:
 
     def step(self, stop: Stop) -> Outcome:
         interval = self.config.keepalive_interval
+        self.refresh()
         if self.lease.registered:
             self.look()
         before, now = self.lease, read_clock()
         call = next_call(before, now)
-        seconds = max(2.0, min(REQUEST_DEADLINE, beat_of(interval, before.ttl)))
+        payload = self.payload(call)
+        seconds = max(2.0, min(REQUEST_DEADLINE, interval, before.ttl / 3))
         if stop.at:
-            seconds = stop.at + 1 - now
-        outcome = self.wire.send(call, self.payload(call), seconds)
+            seconds = stop.at + 1 - read_clock()
+        outcome = self.wire.send(call, payload, seconds)
         self.lease = lease_after(before, call, outcome, read_clock(), interval, random.uniform)
         if before.ttl != self.lease.ttl < 3 * interval:
             LOG.info("a keepalive every %g s, a third of the TTL", self.lease.ttl / 3)
@@ -898,6 +908,7 @@ class Agent:
                 self.started + (self.config.startup_timeout or 1e9)))
         notify("STOPPING=1")
         LOG.info("stopping")
+        self.refresh()
         if self.ready and outcome.kind is Kind.OK:  # leaves ready
             self.wire.send(REGISTER, self.payload(REGISTER), stop.at + 1.8 - read_clock())
         return 0
@@ -905,7 +916,7 @@ class Agent:
 
 # ---- 11 Stand-in gateway
 def start_stand_in() -> int:
-    """The gateway of --dev, after gateway-api, trusting its client. Returns the port."""
+    """The gateway of --dev, trusting its client. Returns the port."""
     import http.server
     offers: dict[str, str] = {}     # until ready
 
@@ -951,7 +962,7 @@ def run(config: Config) -> int:
     stop, folder = Stop(), find_state_dir(config)
     kept = config.machine_id or not config.dev and read_machine_id(folder)
     machine_id = kept or os.urandom(4).hex()
-    config.lock_path = f"{folder}/{machine_id}.lock"
+    config.lock_path = "" if config.dev else f"{folder}/{machine_id}.lock"
     if config.dry_run:
         return dry_run(config, machine_id)
     if config.dev:
@@ -969,7 +980,7 @@ def run(config: Config) -> int:
 
 # ---- 13 Entry
 class Lines(logging.Handler):
-    """Standard error may be full, closed, stuck or a journal."""
+    """Standard error may be full, closed or stuck."""
 
     def emit(self, record: Any) -> None:
         text = "\n".join(visible(Secret.scrub(visible(line, 4000)), 4000)
@@ -1005,7 +1016,7 @@ def main(argv: list[str]) -> int:
         LOG.error(error)
         return error.code
     except Exception as error:
-        LOG.error("unexpected %s: report what --debug shows", type(error).__name__)
+        LOG.error("unexpected %s: report it with --debug", type(error).__name__)
         LOG.debug("where", exc_info=True)
     return 1
 
