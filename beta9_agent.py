@@ -385,7 +385,7 @@ OPTIONS = [Option(group, *row) for group, rows in {
         ("keepalive_interval", rule(NUMBER, float, 0.1, 240), "seconds from beat to beat, 0.1 to 240", "60"),
         ("startup_timeout", rule(NUMBER, float), "seconds to try a gateway that is away, 0 for one try"),
         ("debug", SWITCH, "log requests and answers; 1 true yes on, 0 false no off", "false"),
-        ("config", TEXT, "YAML or JSON file of these settings"),
+        ("config", TEXT, "YAML or JSON file of settings"),
         ("once", SWITCH, "register, keep alive once, exit", "false"),
         ("dry_run", SWITCH, "show settings and what would be sent", "false"),
         ("dev", SWITCH, "try it with a stand-in gateway, without a token", "false"),
@@ -623,7 +623,7 @@ class Host:
             answer = call_within(seconds, lambda: aside.ask(question))
             return None if isinstance(answer, Exception) else answer
         except (TimeoutError, RuntimeError):  # no thread to be had
-            LOG.warning("%s hangs and is unknown until it answers: see `dmesg`", what)
+            LOG.warning("%s hangs and is unknown until it answers: see the system log", what)
 
     def sample(self) -> tuple[Metrics, list[Gpu] | None]:
         import psutil
