@@ -448,7 +448,7 @@ def read_config_file(path: str) -> dict[str, str]:
     for key in found.keys() - known:
         import difflib
         near = difflib.get_close_matches(key, known, 1, 0)[0]
-        raise AgentError(f"--config: {visible(path)}: unknown key {visible(key)}, did you mean {near}?")
+        raise AgentError(f"--config: {visible(path)}: unknown key {visible(key, 12)}, did you mean {near}?")
     return {key: "" if value in (None, "null", "~") else str(value) for key, value in found.items()}
 
 

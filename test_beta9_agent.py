@@ -1129,6 +1129,15 @@ def test_config_file_unknown_key_suggests_the_nearest(written, key, meant, tmp_p
     assert raised.value.code == 2
 
 
+@pytest.mark.parametrize("written", [f"#\n{{token:{MACHINE_TOKEN}}}", f"token {MACHINE_TOKEN}:",
+                                     f"k3s_token{MACHINE_TOKEN}:"], ids=["no-blank", "blank", "nothing"])
+def test_config_file_key_that_swallowed_a_token_shows_none_of_it(written, tmp_path):
+    (tmp_path / "c").write_text(written)
+    with pytest.raises(b9.AgentError, match="unknown key (k3s_)?token.*did you mean (k3s_)?token") as raised:
+        config_of("--config", str(tmp_path / "c"))
+    assert not any(MACHINE_TOKEN[at:at + 8] in str(raised.value) for at in range(len(MACHINE_TOKEN) - 7))
+
+
 @pytest.mark.parametrize("written, line", [
     ("token: SECRET\npool_name: [gpu\n", 3), ("token: SECRET\n\tpool: x\n", 2),
     ('{"token": "SECRET",\n "pool"}', 2),
