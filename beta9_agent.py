@@ -357,7 +357,7 @@ class Option(NamedTuple):
 
 OPTIONS = [Option(group, *row) for group, rows in {
     "identity": (
-        ("token", TOKEN, "required: from `beta9 machine create`, without blanks or line ends"),
+        ("token", TOKEN, "from `beta9 machine create`, without blanks or line ends"),
         ("token_file", TEXT, "file with that token, - for standard input"),
         ("machine_id", rule("(?i)[0-9a-f]{8}", str.lower), "8 hex characters, else generated"),
         ("pool_name", TEXT, "worker pool, not empty", "external"),
@@ -374,12 +374,12 @@ OPTIONS = [Option(group, *row) for group, rows in {
         ("allow_cleartext", SWITCH, "http to public addresses too", "false"),
     ),
     "this machine": (
-        ("private_ip", lambda text: str(ipaddress.ip_address(text)), "address of this machine, else found"),
+        ("private_ip", lambda text: str(ipaddress.ip_address(text)), "of this machine, else found"),
         ("max_cpu", rule(NUMBER, lambda text: round(float(text) * 1000)), "cores to offer, 6.5 say"),
         ("max_memory", rule("[0-9]{1,9}[MG]i", lambda text: int(text[:-2]) << 10 * ("G" in text)),
          "memory to offer, 48Gi or 49152Mi say"),
         ("max_gpus", rule("[0-9]{1,5}", int), "count of GPUs to offer"),
-        ("state_dir", TEXT, "folder for machine id and lock, /var/lib/beta9-agent for root"),
+        ("state_dir", TEXT, "for machine id and lock, /var/lib/beta9-agent for root"),
     ),
     "behaviour": (
         ("keepalive_interval", rule(NUMBER, float, 0.1, 240), "seconds from beat to beat, 0.1 to 240", "60"),
@@ -553,7 +553,7 @@ class Aside:
         self.done = done
         if not self.late:
             self.late = True
-            done.wait()  # an interrupted join takes the thread for dead
+            done.wait()  # an interrupted join takes it for dead
             self.late, answer = False, self.answer
         return answer
 
@@ -754,7 +754,7 @@ def take_lock(path: str) -> Any:
         raise AgentError(f"pid {visible(read_file(path).strip())} keeps this machine: stop it, or give"
                          " another --machine-id", 75) from None
     file.truncate(0)
-    print(os.getpid(), file=file, flush=True)
+    os.write(file.fileno(), b"%d\n" % os.getpid())
     os.utime(path, (0, 0))
     return file
 
