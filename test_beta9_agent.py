@@ -1395,10 +1395,21 @@ print(len(warnings))
 """
 
 
-def test_sample_with_driver_that_hangs_is_unknown_until_it_answers_and_waited_for_once(nvml_stub, tmp_path):
+@pytest.fixture(scope="module")
+def slow_driver(nvml_stub, tmp_path_factory):
+    """SLOW_DRIVER at work: its deadline takes 5 s."""
+    control = tmp_path_factory.mktemp("slow") / "control"
+    with subprocess.Popen([sys.executable, "-c", "import beta9_agent as b9" + SLOW_DRIVER], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=stub_environment(nvml_stub, control)) as process:
+        yield process
+        process.kill()
+
+
+def test_sample_with_driver_that_hangs_is_unknown_until_it_answers_and_waited_for_once(slow_driver):
     """Two threads: no stuck questions pile up. A slow driver's answer is that to the question before."""
-    said = run_python(SLOW_DRIVER, stub_environment(nvml_stub, tmp_path / "control"))
-    assert said.split("\n") == ["[None, None, None] 1", "2", "2", "2 None", "2", "2 None", "1"]
+    said, errors = slow_driver.communicate(timeout=60)
+    assert said.split("\n") == ["[None, None, None] 1", "2", "2", "2 None", "2", "2 None", "1", ""], errors
 
 
 @pytest.mark.skipif(has_driver(), reason="this machine has a driver")
@@ -1773,7 +1784,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def early(request):
     """What takes long begins first, beside the other tests."""
-    for name in ("overcoming", "driver", "ending", "hostile", "reading"):
+    for name in ("slow_driver", "overcoming", "driver", "ending", "hostile", "reading"):
         if any(name in item.fixturenames for item in request.session.items):
             request.getfixturevalue(name)
 
