@@ -5,116 +5,149 @@
 # ///
 """Registers this machine with a Beta9 gateway and keeps it ready for work until told to stop.
 
-Read it before you run it: its token may run anything on this machine.
+Read this file before you run it: the tokens that you give it let the gateway run anything on this
+machine. Rooms 1 to 10 are the agent, all that runs while a machine is kept. Rooms 11 to 14 are
+the desk, what a person calls by hand. A function calls only what stands above it.
 
-Sends   POST /api/v1/machine/register and /keepalive to the gateway you name
-Reads   the files you name, /etc/machine-id, hardware by psutil and NVML
-Writes  its state folder, logs to standard error and systemd, answers to standard output
-Exits   0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway out of reach,
-        75 already running, 77 token refused, 78 machine refused
+    settings -> machine facts -> register -> keepalive, keepalive, ... -> register again -> exit
+                                    ^-- forgotten, or changed --'         (takes no new work)
+
+Connects to  the gateway you name, or the proxy that the environment names for it: POST
+             /api/v1/machine/register and /api/v1/machine/keepalive; your DNS, for its name
+Listens      nowhere (--dev: on 127.0.0.1)
+Reads        the files you name, /etc/machine-id, the hardware through psutil and NVML
+Writes       its state folder, log lines to standard error and systemd, answers to standard output
+Starts       no other program
+Exits        0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway out of reach,
+             75 already running, 77 token refused, 78 machine refused
 """
-# ---- 1 What this program does
+# ---- 1 What this program does, sends, writes and runs
 import argparse
 import contextlib
 import enum
 import fcntl
-import functools
 import hashlib
 import ipaddress
 import json
 import logging
+import math
 import os
 import random
 import re
 import select
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
-from socket import getaddrinfo
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 if sys.version_info < (3, 10):
-    sys.exit("Python 3.10 or newer is needed: get one, or use `uv run`")
+    sys.exit("Python 3.10 or newer is needed: install one, or use `uv run`, which brings its own")
 
 # ---- 2 Vocabulary
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 REGISTER, KEEPALIVE = "register", "keepalive"
-SIZE_LIMIT = 65536          # bytes
-REQUEST_DEADLINE, HOST_DEADLINE = 10.0, 5.0
-DENIED_PATIENCE = 60.0      # 401 may be database trouble
-QUIET = 600.0
+FILE_LIMIT = 64 * 1024          # bytes: of a token, of settings, of a state file
+ANSWER_LIMIT = 64 * 1024        # bytes
+REQUEST_DEADLINE = 10.0         # seconds, for a whole request from the name look-up on
+HOST_DEADLINE = 5.0             # seconds, for driver and disk together
+STOP_DEADLINE = 1.0             # seconds that a stop leaves to a request in flight
+LEAVE_DEADLINE = 1.8            # seconds from the stop to the end of the last request
+DENIED_PATIENCE = 60.0          # seconds: a 401 can be trouble of the gateway's database
+QUIET = 600.0                   # seconds between lines about the same thing
+TICK = 0.5                      # seconds between two looks at the stop flag
 LOG = logging.getLogger("beta9-agent")
 
 
 class AgentError(Exception):
-    def __init__(self, text: str, code: int = 2) -> None:
+    """What ends the program. Its text is for people and holds the remedy."""
+
+    def __init__(self, text: str, exit_code: int = 2) -> None:
         super().__init__(text)
-        self.code = code
+        self.exit_code = exit_code
+
+
+class UnsafeAddress(AgentError):
+    """The tokens would travel to a public address in cleartext."""
+
+    remedy = "Give --tls, use an SSH tunnel, or accept it with --allow-cleartext"
+
+    def __init__(self, fault: str, by_name: bool) -> None:
+        super().__init__(f"{fault}. {self.remedy}")
+        self.fault, self.by_name = fault, by_name   # by a name, which may lead elsewhere later
 
 
 class Secret:
-    """Shows its length; revealed where a request is built."""
+    """A token. It shows its length; the text leaves through `reveal` alone."""
 
-    __seen: set[str] = set()
-
-    def __init__(self, value: str) -> None:
-        self.__value = value
-        self.__seen.add(value)
+    def __init__(self, text: str) -> None:
+        self.__text = text
 
     def __repr__(self) -> str:
-        return f"set ({len(self.__value)} characters)"
+        return f"set ({len(self.__text)} characters)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other.__text == self.__text
+
+    def __hash__(self) -> int:
+        return hash(self.__text)
 
     def reveal(self) -> str:
-        return self.__value
-
-    @classmethod
-    def scrub(cls, text: str) -> str:
-        """Masks secrets: whole, pieces of 8, URL-encoded, base64 at any shift."""
-        import base64
-        import urllib.parse
-        for value in cls.__seen:
-            forms = [value] + [base64.b64encode(bytes(shift) + value.encode(), signs).decode()
-                               for shift in range(3) for signs in (b"+/", b"-_")]
-            pieces = [value] + [form[at:at + 8] for form in forms for at in range(len(form) - 7)]
-            for piece in pieces:
-                text = text.replace(piece, "[redacted]")
-            plain = urllib.parse.unquote(text)
-            if plain != text and any(piece in plain for piece in pieces):
-                text = cls.scrub(plain)
-        return text
+        """The token, for the place where a request is built."""
+        return self.__text
 
 
-Kind = enum.Enum("Kind", "OK TROUBLE FORGOTTEN DENIED FORBIDDEN REFUSED UNSAFE")
-EXIT_CODES = {Kind.DENIED: 77, Kind.FORBIDDEN: 77, Kind.REFUSED: 78, Kind.UNSAFE: 2}
+class Kind(enum.Enum):
+    """What an attempt to reach the gateway came to."""
+
+    OK = enum.auto()
+    TROUBLE = enum.auto()           # passing, as far as anybody can tell
+    FORGOTTEN = enum.auto()         # the gateway does not know this machine any more
+    DENIED = enum.auto()            # 401
+    FORBIDDEN = enum.auto()         # 403
+    REFUSED = enum.auto()           # the gateway cannot use a machine that is configured so
+    UNSAFE = enum.auto()            # a public address in digits, in cleartext
+    UNSAFE_NAME = enum.auto()       # a name that leads to one
+
+
+EXIT_CODES = {Kind.TROUBLE: 69, Kind.FORGOTTEN: 69, Kind.UNSAFE_NAME: 69, Kind.DENIED: 77,
+              Kind.FORBIDDEN: 77, Kind.REFUSED: 78, Kind.UNSAFE: 2}
 
 
 class Outcome(NamedTuple):
+    """What an attempt came to: what happened, what a person can do, what the answer told."""
+
     kind: Kind
     text: str = ""
-    ttl: float | None = None
-    retry_after: float = 0.0
+    remedy: str = ""
+    ttl: float | None = None        # seconds
+    retry_after: float = 0.0        # seconds, 0 for none
 
 
 class Lease(NamedTuple):
+    """What the gateway knows of this machine, and when the next attempt is due, in seconds."""
+
     due: float
-    ttl: float = 299.0                  # a guess
+    ttl: float = 299.0                      # a guess, until the gateway tells
     registered: bool = False
-    kept: bool = False                  # alive since registered
-    confirmed: float = 0.0
+    kept: bool = False                      # by a keepalive since the registration
+    confirmed_at: float | None = None
     failing_since: float | None = None
     denied_since: float | None = None
-    reregistered: float = float("-inf")
+    reregistered_at: float = -math.inf
 
 
 class Gpu(NamedTuple):
-    name: str   # empty: lost
+    """A card as the driver tells it; a lost one has no name."""
+
+    name: str | None
     free: bool
 
 
 class Metrics(NamedTuple):
-    """The gateway's own keys, memory in MiB; None is unknown and not sent."""
+    """The gateway's own keys, CPU in millicores, memory in MiB. None is unknown and not sent."""
 
     cpu_utilization_pct: float | None
     memory_utilization_pct: float | None
@@ -125,601 +158,1329 @@ class Metrics(NamedTuple):
     free_gpu_count: int
 
 
+class Offer(NamedTuple):
+    """What is registered as this machine's capacity: millicores, MiB, GPUs. None is unknown."""
+
+    cpu: int | None
+    memory: int | None
+    gpu_count: int | None
+
+
 def format_host(host: str) -> str:
+    """The host as it stands in a URL."""
     return f"[{host}]" if ":" in host else host
 
 
 class Config(argparse.Namespace):
+    """The checked settings by their names in OPTIONS, and where each came from."""
+
     @property
     def gateway(self) -> str:
-        return f"http{'s' * self.tls}://{format_host(self.gateway_host)}:{self.gateway_port}"
+        """The gateway's URL."""
+        scheme = "https" if self.tls else "http"
+        return f"{scheme}://{format_host(self.gateway_host)}:{self.gateway_port}"
 
 
 # ---- 3 Decisions
-def visible(text: object, limit: int = 200) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[:limit])[:limit]
+def printable(value: object, limit: int = 200) -> str:
+    """One line of at most `limit` characters, control characters spelled out."""
+    text = str(value)[:limit]
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)[:limit]
 
 
 def parse_json(body: bytes) -> Any:
+    """None for what is no JSON."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
         return None
 
 
-def is_private(address: str) -> bool:
-    return any(ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in (
-        "127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16",
-        "::1", "fc00::/7", "fe80::/10"))
-
-
-def mapping(value: object) -> dict[str, Any]:
+def as_mapping(value: object) -> dict[str, Any]:
+    """The value where it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
+# Loopback, RFC 1918, shared addresses (Tailscale's), link-local, and the same in IPv6.
+PRIVATE_NETWORKS = [ipaddress.ip_network(network) for network in (
+    "127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
+    "169.254.0.0/16", "::1/128", "fc00::/7", "fe80::/10")]
+
+
+def is_private(address: str) -> bool:
+    """Whether only this machine, its site or its VPN can be at this IP address."""
+    return any(ipaddress.ip_address(address) in network for network in PRIVATE_NETWORKS)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host is this machine, however it is written."""
+    return re.fullmatch(r"(?i)localhost\.?|127\.[0-9.]+|[0:]+1", host) is not None
+
+
 def parse_retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds, 0 for none; a date counts from the answer's own `Date`."""
-    import email.utils  # slow
+    """Seconds, 0 for none or garbage. A date counts from the answer's own `Date`."""
     value = headers.get("Retry-After", "")
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
+    import email.utils  # slow, and hardly ever needed
     try:
-        if value.isdigit():
-            return float(value)
-        until, sent = map(email.utils.parsedate_to_datetime, (value, headers.get("Date", "")))
+        until, sent = (email.utils.parsedate_to_datetime(text)
+                       for text in (value, headers.get("Date", "")))
         return max(0.0, (until - sent).total_seconds())
-    except Exception:  # of any kind, from hostile bytes
+    except Exception:  # of any kind, from a stranger's text
         return 0.0
 
 
-def format_body(body: bytes) -> str:
-    """Of `config`, which holds secrets, the keys alone."""
-    fields = mapping(parse_json(body))
-    if fields.get("config"):
-        fields["config"] = list(mapping(fields["config"]))
-    elif not fields and b"config" in body:
-        return "not shown"
-    return visible(json.dumps(fields) if fields else body.decode(errors="replace"), 1000)
+def describe_body(body: bytes) -> str:
+    """An answer for the log. Of nested values, such as the secrets in `config`, the keys alone."""
+    fields = as_mapping(parse_json(body))
+    if not fields:
+        hidden = b"config" in body
+        return "not shown" if hidden else printable(body.decode(errors="replace"), 1000)
+    for key, value in fields.items():
+        if key == "config" or (isinstance(value, (dict, list)) and key != "machine_state"):
+            fields[key] = sorted(as_mapping(value))
+    return printable(json.dumps(fields), 1000)
 
 
-# The first that matches "call status text" holds. Source: gateway-api, where 500 can mean anything.
-NEW_TOKEN = "get a new one with `beta9 machine create --pool {config.pool_name}`"
-TRY_HEALTH = "check --gateway-host and --gateway-port, try `curl {config.gateway}/api/v1/health`"
+NEW_TOKEN = "Get a new one with `beta9 machine create --pool {config.pool_name}`"
+TRY_HEALTH = ("Check --gateway-host and --gateway-port;"
+              " `curl {config.gateway}/api/v1/health` should answer")
+
+# What an answer means that is no confirmation. The first pattern that matches
+# "<call> <status> <what it says>" holds: the gateway says 500 for a bad pool name, for a machine
+# that it forgot and for real trouble alike. Source: the gateway's handlers.
 ANSWERS = (
-    ("keepalive .*(machine_expired|machine.not.found)", Kind.FORGOTTEN, "registering again"),
-    (".*invalid.pool", Kind.REFUSED, "the gateway has no pool {config.pool_name}, check --pool-name"),
-    (".*(invalid (machine|gpu|payload)|are required)", Kind.REFUSED, "look with --dry-run"),
+    ("keepalive .*(machine_expired|machine.not.found)", Kind.FORGOTTEN,
+     "The gateway does not know this machine any more, as after a restart of its Redis"),
+    (".*invalid.pool", Kind.REFUSED,
+     "The gateway has no pool {config.pool_name}: check --pool-name"),
+    (".*(invalid (machine|gpu|payload)|are required)", Kind.REFUSED,
+     "Look at what is sent with --dry-run"),
     (".*unable to create remote config|keepalive 404 not found", Kind.REFUSED,
-     "an upstream gateway, without keepalive route: the Beta9 fork is needed"),
-    (r"\S+ 401|.*invalid_token", Kind.DENIED, "wrong token or database trouble, " + NEW_TOKEN),
-    (r"\S+ 403", Kind.FORBIDDEN, "no machine token, or expired, " + NEW_TOKEN),
-    (r"\S+ 3", Kind.TROUBLE, "redirects are never followed, " + TRY_HEALTH),
-    (r"\S+ (5|429)", Kind.TROUBLE, "trouble on the gateway, " + TRY_HEALTH),
-    ("", Kind.TROUBLE, "is this the gateway? " + TRY_HEALTH),
+     "This is an upstream gateway, without keepalive route: the Beta9 fork is needed"),
+    (r"\S+ 401|.*invalid_token", Kind.DENIED,
+     "The token is unknown, expired or disabled, or the gateway's database is away. " + NEW_TOKEN),
+    (r"\S+ 403", Kind.FORBIDDEN, "This is a token of another kind, not a machine's. " + NEW_TOKEN),
+    (r"\S+ 3", Kind.TROUBLE, "Redirects are never followed. " + TRY_HEALTH),
+    (r"\S+ (5|429)", Kind.TROUBLE, "The gateway, its Redis or database has trouble. " + TRY_HEALTH),
+    ("", Kind.TROUBLE, "Is this the gateway? " + TRY_HEALTH),
 )
+
+
+def explain_answer(call: str, status: int, headers: Mapping[str, str], body: bytes,
+                   config: Config) -> Outcome:
+    """What an answer means that is no confirmation."""
+    fields = as_mapping(parse_json(body))
+    parts = [fields.get(key) for key in ("error_code", "message", "suggestion")]
+    said = " ".join(str(part) for part in parts if part)
+    line = f"{call} {status} {said}".lower()
+    kind, remedy = next(row[1:] for row in ANSWERS if re.match(row[0], line, re.DOTALL))
+    if 300 <= status < 400:
+        location = headers.get("Location", "nowhere")
+        said = f"redirect to {location}"
+        tls_here = f"(?i)https://{re.escape(format_host(config.gateway_host))}(:[0-9]+)?(/|$)"
+        if not config.tls and re.match(tls_here, location):
+            remedy = "Redirects are never followed: give --tls, and the port of https"
+    said = said or f"{headers.get('Content-Type')} {describe_body(body) or 'empty'}"
+    return Outcome(kind, f"{status} {printable(said)}", remedy.format(config=config),
+                   retry_after=parse_retry_after(headers) if status in (429, 503) else 0.0)
 
 
 def classify(call: str, status: int, headers: Mapping[str, str], body: bytes, machine_id: str,
              config: Config) -> Outcome:
+    """What the gateway's answer to a register or keepalive means. Source: gateway-api."""
     answer = parse_json(body)
-    fields = mapping(answer)
-    state = mapping(fields.get("machine_state"))
-    good = answer is fields and status == 200 and (call == REGISTER or fields.get("status") == "ok")
-    if good and not fields.get("error_code") and state.get("machine_id", machine_id) == machine_id:
-        ttl: Any = state.get("ttl_seconds")
-        return Outcome(Kind.OK, visible(", ".join(mapping(fields.get("config")))),
-                       ttl if type(ttl) in (int, float) and 1 <= ttl <= 86400 else None)
-    said = " ".join(str(text) for text in map(fields.get, ("error_code", "message", "suggestion")) if text)
-    line = f"{call} {status} {said}".lower()
-    kind, remedy = next(row[1:] for row in ANSWERS if re.match(row[0], line, re.S))
-    if status // 100 == 3:
-        said = f"redirect to {headers.get('Location')}"
-        same_host = f"(?i)redirect to https://{re.escape(format_host(config.gateway_host))}(:[0-9]+)?(/|$)"
-        if not config.tls and re.match(same_host, said):
-            remedy = "never followed: give --tls and its port"
-    came = visible(said or f"{headers.get('Content-Type')} {format_body(body) or 'empty'}")
-    return Outcome(kind, f"{status} {came}: {remedy.format(config=config)}", None,
-                   parse_retry_after(headers) if status in (429, 503) else 0.0)
+    fields = as_mapping(answer)
+    state = as_mapping(fields.get("machine_state"))
+    confirmed = (isinstance(answer, dict) and status == 200 and not fields.get("error_code")
+                 and (call == REGISTER or fields.get("status") == "ok")
+                 and state.get("machine_id", machine_id) == machine_id)
+    if not confirmed:
+        return explain_answer(call, status, headers, body, config)
+    ttl: Any = state.get("ttl_seconds")
+    sane = type(ttl) in (int, float) and 1 <= ttl <= 86400
+    return Outcome(Kind.OK, printable(", ".join(as_mapping(fields.get("config")))),
+                   ttl=ttl if sane else None)
 
 
-def backoff(failing_for: float, cap: float, draw: Callable[[float, float], float]) -> float:
-    """Seconds: full jitter under a ceiling that grows, drawn after the cap."""
+Draw = Callable[[float, float], float]      # a random number between two others
+
+
+def backoff(failing_for: float, cap: float, draw: Draw) -> float:
+    """Seconds to the next attempt: full jitter under a ceiling that grows with the outage.
+
+    Drawn after the cap, so that a fleet stays spread when all have reached it.
+    """
     ceiling = min(max(4.0, min(failing_for, 60.0)), cap)
     return draw(min(1.0, ceiling / 4), ceiling)
 
 
 def next_call(lease: Lease, now: float) -> str:
-    return KEEPALIVE if lease.registered and now - lease.confirmed <= lease.ttl else REGISTER
+    """Keepalive, or register where the gateway cannot know this machine."""
+    known = (lease.registered and lease.confirmed_at is not None
+             and now - lease.confirmed_at <= lease.ttl)
+    return KEEPALIVE if known else REGISTER
 
 
-def lease_after(lease: Lease, call: str, outcome: Outcome, now: float, interval: float,
-                draw: Callable[[float, float], float]) -> Lease:
-    """What a `call` that ended so at `now` makes of the lease."""
-    ttl = outcome.ttl or lease.ttl
-    beat = min(interval, ttl / 3)
-    since = lease.failing_since or now
-    denied = outcome.kind in (Kind.DENIED, Kind.FORBIDDEN)
-    lease = lease._replace(ttl=ttl, denied_since=(lease.denied_since or now) if denied else None)
-    if outcome.kind is Kind.OK and call == REGISTER:  # kept alive at once: no work before
-        return lease._replace(due=now, registered=True, kept=False, confirmed=now,
-                              reregistered=now if lease.confirmed else lease.reregistered)
-    if outcome.kind is Kind.OK:  # the overdue is sent once
-        pause = beat * (draw(0.9, 1.1) if lease.kept else draw(0.1, 1.0))
-        return lease._replace(due=pause + (lease.due if lease.due + pause > now else now), kept=True,
-                              confirmed=now, failing_since=None)
-    if outcome.kind is Kind.FORGOTTEN:  # at once, then once in an interval
-        return lease._replace(due=max(now, lease.reregistered + beat), registered=False, failing_since=since)
-    pause = backoff(60.0 if denied and lease.confirmed else now - since, beat * 1.1, draw)
-    if outcome.retry_after:
-        pause = min(outcome.retry_after, 120.0, ttl / 4) + draw(0.0, ttl / 12)
-    return lease._replace(due=now + pause, failing_since=since)
+def interval_of(lease: Lease, config: Config) -> float:
+    """Seconds between keepalives, never over a third of the TTL."""
+    return min(float(config.keepalive_interval), lease.ttl / 3)
 
 
-def exit_code_of(outcome: Outcome, lease: Lease, waited: float, now: float, config: Config) -> int | None:
-    """Of a failure before the first ready; None to try again."""
+def deadline_of(lease: Lease, config: Config) -> float:
+    """Seconds that a call may take."""
+    return max(2.0, min(REQUEST_DEADLINE, interval_of(lease, config)))
+
+
+def lease_after_success(lease: Lease, call: str, now: float, interval: float, draw: Draw) -> Lease:
+    """The lease after a confirmed call."""
+    if call == REGISTER:    # kept alive at once: a machine that is just registered takes no work
+        again = lease.reregistered_at if lease.confirmed_at is None else now
+        return lease._replace(due=now, registered=True, kept=False, confirmed_at=now,
+                              denied_since=None, reregistered_at=again)
+    # The first one in any phase, so that machines started together part.
+    pause = interval * (draw(0.9, 1.1) if lease.kept else draw(0.1, 1.0))
+    overdue = lease.due + pause <= now      # after a suspend: sent once
+    return lease._replace(due=(now if overdue else lease.due) + pause, kept=True, confirmed_at=now,
+                          failing_since=None, denied_since=None)
+
+
+def lease_after_failure(lease: Lease, outcome: Outcome, now: float, interval: float,
+                        draw: Draw) -> Lease:
+    """The lease after a call that failed."""
+    since = now if lease.failing_since is None else lease.failing_since
+    denied_since = None
+    if outcome.kind in (Kind.DENIED, Kind.FORBIDDEN, Kind.UNSAFE_NAME):
+        denied_since = now if lease.denied_since is None else lease.denied_since
+    lease = lease._replace(failing_since=since, denied_since=denied_since)
+    if outcome.kind is Kind.FORGOTTEN:      # registers at once, then once an interval
+        due = max(now, lease.reregistered_at + interval)
+        return lease._replace(due=due, registered=False)
+    if outcome.retry_after > 0:
+        pause = min(outcome.retry_after, 75.0, lease.ttl / 4) + draw(0.0, min(25.0, lease.ttl / 12))
+        return lease._replace(due=now + pause)
+    mid_life = denied_since is not None and lease.confirmed_at is not None
+    failing_for = math.inf if mid_life else now - since     # it will take long: the longest pause
+    return lease._replace(due=now + backoff(failing_for, interval * 1.1, draw))
+
+
+def lease_after(lease: Lease, call: str, outcome: Outcome, now: float, config: Config,
+                draw: Draw) -> Lease:
+    """What a call that ended so at `now` makes of the lease: the whole schedule."""
+    if outcome.ttl is not None:
+        lease = lease._replace(ttl=outcome.ttl)
+    interval = interval_of(lease, config)
+    if outcome.kind is Kind.OK:
+        return lease_after_success(lease, call, now, interval, draw)
+    return lease_after_failure(lease, outcome, now, interval, draw)
+
+
+def exit_code_after(outcome: Outcome, lease: Lease, waited: float, now: float,
+                    config: Config) -> int | None:
+    """The exit code of a failure before the first ready, `waited` seconds in; None: go on."""
+    hopeless = outcome.kind in (Kind.FORBIDDEN, Kind.REFUSED, Kind.UNSAFE)
     late = config.startup_timeout is not None and waited >= config.startup_timeout
-    denied = now - (lease.denied_since or now) >= DENIED_PATIENCE
-    final = config.once or late or denied or outcome.kind in (
-        Kind.FORBIDDEN, Kind.REFUSED, Kind.UNSAFE)
-    return EXIT_CODES.get(outcome.kind, 69) if final else None
+    denied = lease.denied_since is not None and now - lease.denied_since >= DENIED_PATIENCE
+    return EXIT_CODES[outcome.kind] if config.once or hopeless or late or denied else None
 
 
-def offer_of(metrics: Metrics, gpus: list[Gpu] | None, config: Config) -> dict[str, str]:
-    count = None if gpus is None else sum(gpu.name != "" for gpu in gpus)
-    found = (("cpu", metrics.total_cpu_available, config.max_cpu, "m"),
-             ("memory", metrics.total_memory_available, config.max_memory, "Mi"),
-             ("gpu_count", count, config.max_gpus, ""))
-    return {key: f"{there if cap is None else min(there, cap)}{unit}"
-            for key, there, cap, unit in found if there is not None}
+def offer_of(metrics: Metrics, gpus: list[Gpu] | None, config: Config) -> Offer:
+    """What is there, under the operator's caps; a lost GPU is not."""
+    def capped(found: int | None, cap: int | None) -> int | None:
+        return found if found is None or cap is None else min(found, cap)
+
+    gpu_count = None if gpus is None else sum(gpu.name is not None for gpu in gpus)
+    return Offer(capped(metrics.total_cpu_available, config.max_cpu),
+                 capped(metrics.total_memory_available, config.max_memory),
+                 capped(gpu_count, config.max_gpus))
+
+
+class LineBudget:
+    """Which of many lines about one thing are written: the 1st, 2nd, 4th, 8th, then one in `quiet`
+    seconds; anew after as many seconds without any.
+    """
+
+    def __init__(self, quiet: float = QUIET) -> None:
+        self.quiet, self.last = quiet, -math.inf
+
+    def allows(self, now: float) -> bool:
+        """Whether a line that comes up at `now` is written."""
+        if now - self.last > self.quiet:
+            self.count, self.next_count, self.next_time = 0, 1, now
+        self.last, self.count = now, self.count + 1
+        if self.count < self.next_count and now < self.next_time:
+            return False
+        if self.count >= self.next_count:
+            self.next_count *= 2
+        self.next_time = max(self.next_time, now) + self.quiet
+        return True
 
 
 class Trouble:
-    """Writes the 1st, 2nd, 4th, ... line, then one in QUIET seconds, recoveries too."""
+    """The present outage, and which lines about failures and recoveries are written."""
 
     def __init__(self) -> None:
-        self.last, self.told = float("-inf"), False
+        self.budget = LineBudget()
+        self.since: float | None = None
+        self.told = False
 
-    def fault(self, now: float) -> bool:
-        if now - self.last > QUIET:
-            self.count, self.since, self.allowed = 0, now, now
-        self.count, self.last = self.count + 1, now
-        told = self.count & (self.count - 1) == 0 or now >= self.allowed
+    def failed(self, now: float) -> bool:
+        """Counts a failure; whether a line is written about it."""
+        if self.since is None:
+            self.since, self.count = now, 0
+        self.count += 1
+        allowed = self.budget.allows(now)
+        self.told = self.told or allowed
+        return allowed
+
+    def recovered(self) -> bool:
+        """Ends the outage; whether a line is written about it, as one was about a failure."""
+        told, self.told, self.since = self.told, False, None
         if told:
-            self.allowed, self.told = max(self.allowed, now) + QUIET, True
-        return told
-
-    def recovery(self) -> bool:
-        told, self.told = self.told, False
-        self.allowed += 2 * QUIET * told
+            self.budget.next_time += 2 * QUIET
         return told
 
 
 # ---- 4 Wire shapes and texts
-def register_payload(config: Config, machine_id: str, offer: dict[str, str],
+def format_offer(offer: Offer) -> str:
+    """The offer for people."""
+    return f"{(offer.cpu or 0) / 1000:g} CPUs, {offer.memory} MiB memory, {offer.gpu_count} GPUs"
+
+
+def register_payload(config: Config, machine_id: str, offer: Offer,
                      private_ip: str) -> dict[str, Any]:
-    """All strings; `token` is that of k3s. Source: gateway-api."""
-    return {"token": config.k3s_token or "", "machine_id": machine_id, "provider_name": config.provider_name,
-            "pool_name": config.pool_name, "hostname": config.hostname or f"machine-{machine_id}",
-            "private_ip": private_ip, **offer}
+    """The body of a registration: all strings, `token` being that of k3s. Source: gateway-api."""
+    return {"token": config.k3s_token or "", "machine_id": machine_id,
+            "provider_name": config.provider_name, "pool_name": config.pool_name,
+            "hostname": config.hostname or f"machine-{machine_id}", "private_ip": private_ip,
+            "cpu": f"{offer.cpu}m", "memory": f"{offer.memory}Mi",
+            "gpu_count": f"{offer.gpu_count}"}
 
 
 def keepalive_payload(config: Config, machine_id: str, metrics: Metrics) -> dict[str, Any]:
+    """The body of a keepalive. Source: gateway-api, which panics without `metrics`."""
     known = {key: value for key, value in metrics._asdict().items() if value is not None}
-    return {"machine_id": machine_id, "provider_name": config.provider_name, "pool_name": config.pool_name,
-            "agent_version": f"{VERSION}-python", "metrics": known}
+    return {"machine_id": machine_id, "provider_name": config.provider_name,
+            "pool_name": config.pool_name, "agent_version": f"{VERSION}-python", "metrics": known}
 
 
-def format_offer(offer: dict[str, str]) -> str:
-    return "{cpu} CPU, {memory} memory, {gpu_count} GPUs".format(**offer)
+class Redactor:
+    """Masks tokens in what is printed: any 8 characters of them in a row, encoded ones too.
+
+    It knows the current token of each name and the one before.
+    """
+
+    WINDOW = 8      # characters; a shorter token is refused
+
+    def __init__(self) -> None:
+        self.known: dict[str, list[Secret]] = {}
+        self.pieces: dict[Secret, set[str]] = {}
+
+    def remember(self, name: str, secret: Secret) -> None:
+        """Masks this token from now on."""
+        if secret in self.known.get(name, ())[:1]:
+            return
+        self.known[name] = [secret, *self.known.get(name, ())[:1]]
+        self.pieces = {each: self.pieces.get(each) or self.pieces_of(each.reveal())
+                       for secrets in self.known.values() for each in secrets}
+
+    def pieces_of(self, text: str) -> set[str]:
+        """All windows of the token and of its base64 forms, at any of 3 offsets."""
+        import base64
+        forms = [text] + [base64.b64encode(bytes(shift) + text.encode(), signs).decode()
+                          for shift in range(3) for signs in (b"+/", b"-_")]
+        return {form[at:at + self.WINDOW] for form in forms
+                for at in range(len(form) - self.WINDOW + 1)}
+
+    def redact(self, text: str) -> str:
+        """The text without tokens; where an encoding hid one, that is undone first."""
+        found = [at for at in range(len(text) - self.WINDOW + 1)
+                 if any(text[at:at + self.WINDOW] in pieces for pieces in self.pieces.values())]
+        shown, end = "", 0
+        for at in found:
+            if at > end or not shown:
+                shown += text[end:at] + "[redacted]"
+            end = at + self.WINDOW
+        shown += text[end:]
+        plain = shown
+        if "%" in shown:
+            import urllib.parse
+            plain = urllib.parse.unquote(shown)
+        if "&" in plain:
+            import html
+            plain = html.unescape(plain)
+        if plain == shown:
+            return shown
+        masked = self.redact(plain)
+        return shown if masked == plain else masked
 
 
 # ---- 5 Configuration
-def rule(pattern: str, convert: Callable[[str], Any] = str, low: float = 0, high: float = 0) -> Any:
-    """A parser that raises ValueError; help says what is right."""
+def checked(pattern: str, fault: str, convert: Callable[[str], Any] = str, low: float = -math.inf,
+            high: float = math.inf) -> Callable[[str], Any]:
+    """A parser of a setting's text. It raises ValueError with what is wrong and what is right."""
     def parse(text: str) -> Any:
-        if not re.fullmatch(pattern, text, re.ASCII) or high and not low <= float(text) <= high:
-            raise ValueError
-        return convert(text)
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise ValueError(fault)
+        value = convert(text)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise ValueError(fault)
+        return value
     return parse
 
 
-NUMBER = r"[0-9]{1,9}(\.[0-9]{1,9})?"
-TEXT = rule(r"(?! )[^\x00-\x1f\x7f]+")
-TOKEN = functools.cache(rule(r"[!#-\[\]-~]+", Secret))  # the same for the same text
-HOST = rule(r"(?i)\w[\w.-]{0,252}|\[?([0-9a-f.]*:){2,}[0-9a-f.]*\]?", lambda text: text.strip("[]"))
-SWITCH = rule("(?i)1|true|yes|on|0|false|no|off", lambda text: text.lower() in "1 true yes on")
+DECIMAL = r"[0-9]{1,9}(\.[0-9]{1,9})?"
+NO_HOST = "is not a host or IP: leave out scheme, port and path, as in gateway.example.com"
+parse_name = checked(r"(?! )[^\x00-\x1f\x7f]+(?<! )",
+                     "is empty, or has control characters or blanks around it: give printable text")
+parse_token = checked(r"[!#-\[\]-~]{8,}", "is not a token: give 8 or more characters, without"
+                      " blanks, quotes, backslashes and line ends", Secret)
+parse_switch = checked("(?i)1|true|yes|on|0|false|no|off",
+                       "is neither yes nor no: give 1, true, yes, on, or 0, false, no, off",
+                       lambda text: text.lower() in ("1", "true", "yes", "on"))
 
 
-def read_ca_file(path: str) -> str:
+def parse_memory(text: str) -> int:
+    """MiB."""
+    return int(text[:-2]) * (1024 if text.endswith("Gi") else 1)
+
+
+def parse_ip(text: str) -> str:
+    """An IP address."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise ValueError("is not an IP address: give one such as 10.1.2.3") from None
+
+
+def parse_host(text: str) -> str:
+    """A host name or an IP address, without the brackets of IPv6."""
+    host = text.strip("[]")
+    number = host.rpartition(".")[2].isdigit()      # no top-level domain is one
+    try:
+        if ":" in host:
+            ipaddress.IPv6Address(host.replace("%", "/"))   # a URL has no room for a zone
+        elif number:
+            socket.inet_aton(host)
+    except (ValueError, OSError):
+        raise ValueError(NO_HOST) from None
+    if ":" not in host and not re.fullmatch(r"\w[\w.-]{0,252}", host, re.ASCII):
+        raise ValueError(NO_HOST)
+    return host
+
+
+def parse_ca_file(path: str) -> str:
+    """A PEM file of root certificates."""
     import ssl
-    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except (OSError, ValueError):
+        raise ValueError("is no file with root certificates: give one in PEM format") from None
     return path
 
 
 class Option(NamedTuple):
+    """One setting: all there is to say about its option, its variable and its key in the file."""
+
     group: str
     name: str
+    metavar: str            # "" for a switch
     parse: Callable[[str], Any]
     help: str
     default: str | None = None
+    key: str = ""           # in the file, where it is not the name
 
     @property
     def flag(self) -> str:
+        """The option on the command line."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def variable(self) -> str:
-        return "" if self.name in "once dry_run dev version" else "BETA9_" + self.name.upper()
+        """The environment variable; an action has none."""
+        return "" if self.group == "actions" else "BETA9_" + self.name.upper()
 
     @property
-    def key(self) -> str:
-        section = "gateway." if self.group == "gateway" else ""
-        return section + self.name.removeprefix("gateway_") if self.variable and self.name != "config" else ""
+    def file_key(self) -> str:
+        """The key in the file; an action has none."""
+        return "" if self.group == "actions" or self.name == "config" else self.key or self.name
 
 
-OPTIONS = [Option(group, *row) for group, rows in {
-    "identity": (
-        ("token", TOKEN, "from `beta9 machine create`, without blanks or line ends"),
-        ("token_file", TEXT, "file with that token, - for standard input"),
-        ("machine_id", rule("(?i)[0-9a-f]{8}", str.lower), "8 hex characters, else generated"),
-        ("pool_name", TEXT, "worker pool, not empty", "external"),
-        ("provider_name", TEXT, "provider of the pool, not empty", "generic"),
-        ("hostname", HOST, "host or IP of this machine for the gateway, without scheme or port"),
-        ("k3s_token", TOKEN, "token for this machine's k3s, without blanks or line ends"),
-        ("k3s_token_file", TEXT, "file with that token, - for standard input"),
-    ),
-    "gateway": (
-        ("gateway_host", HOST, "host or IP of the gateway, without scheme or port", "localhost"),
-        ("gateway_port", rule(NUMBER, int, 1, 65535), "its port, 1 to 65535", "1994"),
-        ("tls", SWITCH, "https, verified", "false"),
-        ("ca_file", read_ca_file, "PEM file of the roots to trust instead"),
-        ("allow_cleartext", SWITCH, "http to public addresses too", "false"),
-    ),
-    "this machine": (
-        ("private_ip", lambda text: str(ipaddress.ip_address(text)), "of this machine, else found"),
-        ("max_cpu", rule(NUMBER, lambda text: round(float(text) * 1000)), "cores to offer, 6.5 say"),
-        ("max_memory", rule("[0-9]{1,9}[MG]i", lambda text: int(text[:-2]) << 10 * ("G" in text)),
-         "memory to offer, 48Gi or 49152Mi say"),
-        ("max_gpus", rule("[0-9]{1,5}", int), "count of GPUs to offer"),
-        ("state_dir", TEXT, "for machine id and lock, /var/lib/beta9-agent for root"),
-    ),
-    "behaviour": (
-        ("keepalive_interval", rule(NUMBER, float, 0.1, 240), "seconds from beat to beat, 0.1 to 240", "60"),
-        ("startup_timeout", rule(NUMBER, float), "seconds to try a gateway that is away, 0 for one try"),
-        ("debug", SWITCH, "log requests and answers; 1 true yes on, 0 false no off", "false"),
-        ("config", TEXT, "YAML or JSON file of settings"),
-        ("once", SWITCH, "register, keep alive once, exit", "false"),
-        ("dry_run", SWITCH, "show settings and what would be sent", "false"),
-        ("dev", SWITCH, "try it with a stand-in gateway, without a token", "false"),
-        ("version", SWITCH, "version and SHA-256 of this file", "false"),
-    ),
-}.items() for row in rows]
+OPTIONS = [
+    Option("actions", "once", "", parse_switch, "register, keep alive once, exit"),
+    Option("actions", "dry_run", "", parse_switch,
+           "show the settings and what would be sent, without the network"),
+    Option("actions", "dev", "", parse_switch,
+           "try it with a stand-in gateway in this process; needs no token"),
+    Option("actions", "version", "", parse_switch, "show the version and SHA-256 of this file"),
+    Option("actions", "help", "", parse_switch, "show this; -h for short"),
+    Option("identity", "token", "TOKEN", parse_token,
+           "machine token from `beta9 machine create`; other users can see it here"),
+    Option("identity", "token_file", "FILE", parse_name, "file with it, - for standard input"),
+    Option("identity", "machine_id", "ID", checked(
+        "[0-9a-fA-F]{8}", "is not a machine id: give 8 hex characters", str.lower),
+        "8 hex characters, else made at the first start and kept"),
+    Option("identity", "pool_name", "NAME", parse_name, "worker pool", "external"),
+    Option("identity", "provider_name", "NAME", parse_name, "provider of the pool", "generic"),
+    Option("identity", "hostname", "HOST", parse_host,
+           "host or IP by which the gateway reaches this machine's k3s"),
+    Option("identity", "k3s_token", "TOKEN", parse_token,
+           "token of this machine's k3s, for the gateway"),
+    Option("identity", "k3s_token_file", "FILE", parse_name, "file with it, - for standard input"),
+    Option("gateway", "gateway_host", "HOST", parse_host, "host or IP", "localhost",
+           "gateway.host"),
+    Option("gateway", "gateway_port", "PORT", checked(
+        "[0-9]{1,5}", "is not a port: give a number from 1 to 65535", int, 1, 65535),
+        "port", "1994", "gateway.port"),
+    Option("gateway", "tls", "", parse_switch, "https, verified", "no", "gateway.tls"),
+    Option("gateway", "ca_file", "FILE", parse_ca_file,
+           "PEM file of the only root certificates to trust", key="gateway.ca_file"),
+    Option("gateway", "allow_cleartext", "", parse_switch,
+           "http to public addresses too", "no", "gateway.allow_cleartext"),
+    Option("this machine", "private_ip", "IP", parse_ip, "its private address, else found"),
+    Option("this machine", "max_cpu", "CORES", checked(
+        DECIMAL, "is not a number of cores above 0: give one such as 6.5",
+        lambda text: round(float(text) * 1000), 1), "offer no more cores"),
+    Option("this machine", "max_memory", "SIZE", checked(
+        "[0-9]{1,9}[MG]i", "is not an amount of memory: give one such as 48Gi or 49152Mi",
+        parse_memory, 1), "offer no more memory, such as 48Gi or 49152Mi"),
+    Option("this machine", "max_gpus", "COUNT", checked(
+        "[0-9]{1,5}", "is not a number of GPUs: give one such as 4", int), "offer no more GPUs"),
+    Option("this machine", "state_dir", "DIR", parse_name,
+           "folder for machine id and lock; /var/lib/beta9-agent for root"),
+    Option("behaviour", "keepalive_interval", "SECONDS", checked(
+        DECIMAL, "is not an interval: give seconds from 0.1 to 240", float, 0.1, 240),
+        "time between keepalives, 0.1 to 240", "60"),
+    Option("behaviour", "startup_timeout", "SECONDS", checked(
+        DECIMAL, "is not a number of seconds: give one such as 600", float),
+        "time to try a gateway that is away at the start; 0 tries once"),
+    Option("behaviour", "debug", "", parse_switch, "log requests and answers", "no"),
+    Option("behaviour", "config", "FILE", parse_name, "YAML or JSON file of these settings"),
+]
 SECRETS = ("token", "k3s_token")
-UNUSED = ["--tailscale-url", "--tailscale-auth", "--flux-upstream", "--flux-branch", "--flux-github-token"]
+SECTIONS = ("gateway",)     # of the file
+# What `beta9 machine create` prints for the agent that needs a VPN.
+UNUSED_FLAGS = ("--tailscale-url", "--tailscale-auth", "--flux-upstream", "--flux-branch",
+                "--flux-github-token")
+# Beta9 sets them in its containers, for its own client.
+FOREIGN_VARIABLES = ("BETA9_GATEWAY_HOST_HTTP", "BETA9_GATEWAY_PORT_HTTP")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        shown = re.sub(r"(?s)['\"].*|(arguments(: --[\w-]{,12})?).*", r"\1", message)  # no token
-        raise AgentError(f"{shown}: see --help")
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """A question with the known word that was meant; "" where none is near."""
+    import difflib
+    cores = [each[len(prefix):] for each in known]
+    near = difflib.get_close_matches(word[len(prefix):], cores, 1, 0.6)
+    return f", did you mean {prefix}{near[0]}?" if near else ""
 
 
-def build_parser() -> Parser:
-    title = str(__doc__).split("\n")[0]
-    parser = Parser("beta9_agent.py", "beta9_agent.py [options]", title, allow_abbrev=False)
-    group_named = functools.cache(parser.add_argument_group)
+def format_word(word: str) -> str:
+    """A word that was not understood; its length alone, where a token may be in it."""
+    rest = re.sub("^-*(k3s[-_])?token", "", word)
+    harmless = re.fullmatch("[a-z._-]{1,40}", word.replace("k3s", "")) or len(word) < 8
+    shown = harmless and word.isprintable() and (rest == word or len(rest) < 8)
+    return word if shown else f"of {len(word)} characters"
+
+
+def format_path(path: str) -> str:
+    """A path that leads nowhere; its length alone, where it may be the token itself."""
+    known_place = os.path.isdir(os.path.dirname(path)) or len(path) < 8
+    return printable(path) if known_place else f"named by {len(path)} characters (a token?)"
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse with messages that show no value, as it may be a token."""
+
+    def read(self, argv: list[str]) -> argparse.Namespace:
+        """The given options. Raises AgentError."""
+        try:
+            given, unknown = self.parse_known_args(argv)
+        except argparse.ArgumentError as error:
+            switches = [option.flag for option in OPTIONS if not option.metavar]
+            fault = "takes no value" if error.argument_name in switches else "needs a value"
+            raise AgentError(f"{error.argument_name} {fault}. See --help") from None
+        for word in unknown[:1]:
+            option = next((each for each in unknown if each.startswith("-")), "")
+            name = option.partition("=")[0]
+            near = nearest(name or f"--{word}", [each.flag for each in OPTIONS], "--")
+            what = f"option {format_word(name)}" if name else f"word {format_word(word)}"
+            raise AgentError(f"unknown {what}{near or '.'} See --help")
+        return given
+
+
+DESCRIPTION = """Registers this machine with a Beta9 gateway and keeps it ready for work.
+
+try it:  beta9_agent.py --dev --once
+join:    beta9_agent.py --token-file token --pool-name gpu --gateway-host HOST"""
+EPILOG = """The command line wins over the environment, that over the file, that over the default.
+
+Exit codes: 0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway out of reach,
+75 already running, 77 token refused, 78 machine refused."""
+
+
+def build_command_line() -> CommandLine:
+    """The command line that OPTIONS describe."""
+    parser = CommandLine("beta9_agent.py", "beta9_agent.py [options]", DESCRIPTION, EPILOG,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         exit_on_error=False, add_help=False)
+    groups: dict[str, Any] = {}
     for option in OPTIONS:
-        action = "store_true" if option.parse is SWITCH else "store"
-        notes = ", ".join(filter(None, (option.variable, option.default)))
-        group_named(option.group).add_argument(option.flag, action=action, help=f"{option.help} [{notes}]")
-    group_named("behaviour").add_argument(*UNUSED, dest="unused", help="taken, not used")
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        notes = [option.variable, f"default {option.default}" if option.default else ""]
+        shown = ", ".join(note for note in notes if note)
+        text = f"{option.help} [{shown}]" if shown else option.help
+        if option.metavar:
+            groups[option.group].add_argument(option.flag, metavar=option.metavar, help=text)
+        else:
+            groups[option.group].add_argument(option.flag, action="store_const", const="yes",
+                                              help=text)
+    parser.add_argument("-h", dest="help", action="store_const", const="yes",
+                        help=argparse.SUPPRESS)
+    for flag in UNUSED_FLAGS:
+        parser.add_argument(flag, help=argparse.SUPPRESS)
+    parser.add_argument_group("accepted and not used", ", ".join(UNUSED_FLAGS))
     return parser
 
 
 def read_file(path: str) -> str:
-    """The text of a small file, `-` is standard input. Raises AgentError."""
+    """The text of a small file, `-` being standard input. Raises AgentError with the reason."""
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-            data = file.read(SIZE_LIMIT + 1)
-        if len(data) > SIZE_LIMIT:
+            data = file.read(FILE_LIMIT + 1)
+        if len(data) > FILE_LIMIT:
             raise ValueError
         return data.decode()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", "no text, or over 64 KiB")
-        raise AgentError(f"{visible(path)} cannot be read, {reason}: check path and permissions") from None
+    except OSError as error:
+        raise AgentError(f"{error.strerror}: check the path and its permissions") from None
+    except ValueError:
+        raise AgentError("it is no text, or over 64 KiB: is it the right file?") from None
+
+
+def parse_tree(text: str) -> dict[str, Any]:
+    """A YAML or JSON mapping, sections flattened to "section.key". Raises ValueError."""
+    if text.lstrip().startswith("{"):
+        tree = json.loads(text, parse_int=str, parse_float=str)
+    else:
+        import yaml
+        try:
+            tree = yaml.load(text, yaml.BaseLoader) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from None
+    flat: dict[str, Any] = {}
+    for key, value in dict(tree).items():
+        if key in SECTIONS and value in (None, "", "null", "~"):
+            continue
+        inner = value.items() if key in SECTIONS and isinstance(value, dict) else ()
+        flat.update({f"{key}.{name}": each for name, each in inner} or {str(key): value})
+    return flat
 
 
 def read_config_file(path: str) -> dict[str, str]:
-    text = read_file(path)
+    """The settings in a file, by their keys. Raises AgentError, which quotes nothing of it."""
+    where = f"--config {printable(path)}"
     try:
-        if text.lstrip()[:1] == "{":
-            tree = json.loads(text, parse_int=str, parse_float=str)
-        else:
-            import yaml
-            tree = yaml.load(text, yaml.BaseLoader) or {}
-        inner = tree.pop("gateway", None) or {}
-        found = tree | {f"gateway.{key}": value for key, value in inner.items()}
-        if any(isinstance(value, (dict, list)) for value in found.values()):
-            raise ValueError
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # its text may quote a token
-        lines = ", ".join(re.findall("line [0-9]+", str(error)))
-        raise AgentError(f"--config: {visible(path)} {lines}: no YAML or JSON mapping, mend it") from None
-    known = [option.key for option in OPTIONS if option.key]
-    for key in found.keys() - known:
-        import difflib
-        near = difflib.get_close_matches(key, known, 1, 0)[0]
-        raise AgentError(f"--config: {visible(path)}: unknown key {visible(key, 12)}, did you mean {near}?")
-    return {key: "" if value in (None, "null", "~") else str(value) for key, value in found.items()}
+        tree = parse_tree(read_file(path))
+    except AgentError as error:
+        raise AgentError(f"{where} cannot be read, {error}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        lines = re.findall("line [0-9]+", str(error))
+        place = f" at {lines[-1]}" if lines else ""
+        raise AgentError(f"{where} is no YAML or JSON mapping{place}: correct it") from None
+    known = [option.file_key for option in OPTIONS if option.file_key]
+    for key, value in tree.items():
+        if key not in known:
+            raise AgentError(f"{where} has an unknown key {format_word(key)}{nearest(key, known)}")
+        if isinstance(value, (dict, list)):
+            raise AgentError(f"{where} has more than one value for {key}: give one")
+    return {key: "" if value in (None, "null", "~") else str(value) for key, value in tree.items()}
 
 
-def read_settings(argv: list[str], environ: Any) -> dict[str, tuple[str, str]]:
-    parsed = build_parser().parse_args(argv)
-    path = not parsed.version and (parsed.config or environ.get("BETA9_CONFIG"))
-    file = read_config_file(path) if path else {}
+class Setting(NamedTuple):
+    """A setting's text, its source for people, and the rank of that source: the highest wins."""
+
+    text: str
+    source: str
+    rank: int
+
+
+def read_settings(argv: list[str], environ: Any) -> dict[str, Setting]:
+    """All that was said. Our variables leave the environment: no child may inherit a token."""
+    given = build_command_line().read(argv)
+    known = [option.variable for option in OPTIONS if option.variable]
+    variables = {name: environ.pop(name) for name in known if name in environ}
+    path = given.config or variables.get("BETA9_CONFIG")
+    file = read_config_file(path) if path and not (given.version or given.help) else {}
     settings = {}
     for option in OPTIONS:
-        given = getattr(parsed, option.name)
-        for text, source in ((option.default, "default"), (file.get(option.key), visible(path)),
-                             (environ.pop(option.variable, ""), option.variable), (given, option.flag)):
-            if text or text is given == "":
-                settings[option.name] = str(text), source
-    if parsed.unused:
-        LOG.info("not used: %s", ", ".join(UNUSED))
+        sources = ((option.default, "default"), (file.get(option.file_key), printable(path)),
+                   (variables.get(option.variable), option.variable),
+                   (getattr(given, option.name), option.flag))
+        for rank, (text, source) in enumerate(sources):
+            if text or (text is not None and source == option.flag):    # elsewhere "" is unset
+                settings[option.name] = Setting(str(text), source, rank)
+    unused = [flag for flag in UNUSED_FLAGS if getattr(given, flag[2:].replace("-", "_"))]
+    if unused:
+        LOG.info("accepted, but not needed by this agent: %s", ", ".join(unused))
+    for name in environ:
+        if name.startswith("BETA9_") and name not in FOREIGN_VARIABLES:
+            LOG.warning("the variable %s is unknown and ignored%s", printable(name),
+                        nearest(name, known, "BETA9_"))
     return settings
 
 
-def build_config(given: Mapping[str, tuple[str, str]]) -> Config:
-    settings, config = dict(given), Config(sources={}, files={})
+def choose_token_sources(settings: dict[str, Setting]) -> list[str]:
+    """Leaves, of a token and its file, the one whose source wins; what is wrong with them."""
+    problems = []
     for name in SECRETS:
-        path, source = settings.get(name + "_file", ("", ""))
-        if path and name in settings:
-            raise AgentError(f"{name} from {settings[name][1]}, {name}_file from {source}: give one of them")
-        if path:
-            try:
-                settings[name] = read_file(path).rstrip("\r\n"), visible(path)
-            except AgentError as error:
-                raise AgentError(f"{name}_file: {error}") from None
-            if os.path.isfile(path):
-                config.files[name] = path
+        token, file = settings.get(name), settings.get(f"{name}_file")
+        if token is None or file is None:
+            continue
+        if token.rank == file.rank:
+            problems.append(f"{name} and {name}_file are both given, from {token.source} and"
+                            f" {file.source}: give one of them")
+        if token.rank >= file.rank:
+            del settings[f"{name}_file"]
+        if token.rank <= file.rank:
+            del settings[name]
+    return problems
+
+
+def parse_setting(option: Option, setting: Setting) -> Any:
+    """The value of a setting. Raises AgentError with the option, the source and the remedy."""
+    try:
+        return option.parse(setting.text)
+    except ValueError as error:
+        shown = f"'{printable(setting.text, 60)}'"
+        if option.name in SECRETS:
+            shown = f"of {len(setting.text)} characters"
+        source = "" if setting.source == option.flag else f" from {setting.source}"
+        raise AgentError(f"{option.flag}: the value {shown}{source} {error}") from None
+
+
+def read_token_file(option: Option, setting: Setting) -> Setting:
+    """The token in the file that a setting names. Raises AgentError."""
+    try:
+        text = read_file(setting.text).rstrip("\r\n")
+    except AgentError as error:
+        raise AgentError(f"{option.flag}: the file {format_path(setting.text)} from"
+                         f" {setting.source} cannot be read, {error}") from None
+    if not text:
+        raise AgentError(f"{option.flag}: the file {printable(setting.text)} is empty: write the"
+                         " token into it")
+    return Setting(text, printable(setting.text), setting.rank)
+
+
+def set_option(config: Config, option: Option, setting: Setting) -> None:
+    """Puts a checked setting into the configuration, of a token file its token too."""
+    value = parse_setting(option, setting)
+    setattr(config, option.name, value)
+    config.sources[option.name] = setting.source
+    if option.name in SECRETS:
+        config.redactor.remember(option.name, value)
+    name = option.name.removesuffix("_file")
+    if name in SECRETS and name != option.name:
+        token_option = next(each for each in OPTIONS if each.name == name)
+        set_option(config, token_option, read_token_file(option, setting))
+        if os.path.isfile(value):       # no pipe: it is read again later
+            config.token_files[name] = value
+
+
+def build_config(given: Mapping[str, Setting], redactor: Redactor) -> Config:
+    """The checked settings; `problems` has a line for each that will not do."""
+    settings = dict(given)
+    config = Config(sources={}, token_files={}, problems=choose_token_sources(settings),
+                    redactor=redactor, **{option.name: None for option in OPTIONS})
     for option in OPTIONS:
-        setattr(config, option.name, None)
-        if option.name in settings:
-            text, source = settings[option.name]
-            config.sources[option.name] = source
-            try:
-                setattr(config, option.name, option.parse(text))
-            except (ValueError, OSError):
-                shown = " the value" if option.name in SECRETS else f" {visible(text, 60)}"
-                raise AgentError(
-                    f"{option.flag}:{shown} from {source} will not do, give: {option.help}") from None
-    if not config.token:
-        if not config.dev:
-            raise AgentError("--token is missing: give --token-file, or " + NEW_TOKEN.format(config=config))
+        try:
+            if option.name in settings:
+                set_option(config, option, settings[option.name])
+        except AgentError as error:
+            config.problems.append(str(error))
+    if config.dev and config.token is None:
         config.token = Secret(os.urandom(16).hex())
+    if config.token is None and not config.problems:
+        config.problems.append("the machine token is missing: give --token-file or BETA9_TOKEN. "
+                               + NEW_TOKEN.format(config=config))
     return config
 
 
 # ---- 6 Machine facts
 def read_clock() -> float:
-    """Seconds, suspended time too; on macOS CLOCK_MONOTONIC."""
+    """Seconds, of a clock that nobody sets, with suspended time (on macOS without)."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-class DeadlinePassed(BaseException):
-    """Of the alarm; no Exception, which a library would catch."""
+def how_to_install(*packages: str) -> str:
+    """The command that brings Python packages to this interpreter."""
+    import shutil
+    import sysconfig
+    marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")     # PEP 668
+    if sys.prefix != sys.base_prefix or not os.path.exists(marker):
+        return f"`{sys.executable} -m pip install {' '.join(packages)}`"
+    ways = [f"`python3 -m venv .venv` and `.venv/bin/pip install {' '.join(packages)}`"]
+    if shutil.which("uv"):
+        ways.insert(0, f"`uv run {sys.argv[0]}`")
+    if shutil.which("apt-get"):
+        debian = {"nvidia-ml-py": "python3-pynvml", "pyyaml": "python3-yaml"}
+        names = " ".join(debian.get(package, f"python3-{package}") for package in packages)
+        ways.insert(0, f"`apt-get install {names}`")
+    return ", or ".join(ways)
 
 
-def ring(number: int, frame: Any) -> None:
-    raise DeadlinePassed
+class BackgroundQuery:
+    """Asks one thing that can hang for ever, as a driver or a name server, in a daemon thread.
 
-
-def call_within(seconds: float, call: Callable[[], Any]) -> Any:
-    """One deadline for the whole call. Raises TimeoutError."""
-    signal.signal(signal.SIGALRM, ring)
-    try:
-        try:
-            signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01), 0.5)
-            return call()
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    except DeadlinePassed:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        raise TimeoutError from None
-
-
-class Aside:
-    """A daemon thread for what no alarm interrupts. Once late, it gives the answer before at once."""
-
-    answer: Any = None
-    late = False
+    What is stuck in the kernel can only be left aside: one thread of each query at most.
+    """
 
     def __init__(self) -> None:
         self.done = threading.Event()
         self.done.set()
+        self.answers: list[Any] = []    # one that nobody has taken yet, or none
+        self.was_late = False
 
-    def ask(self, question: Callable[[], Any]) -> Any:
-        """The answer, or an Exception."""
+    def start(self, question: Callable[[], Any]) -> None:
+        """Asks, unless the question before is still open."""
+        if not self.done.is_set():
+            return
+        done = threading.Event()
+
         def run() -> None:
             try:
-                self.answer = question()
+                self.answers = [question()]
             except Exception as error:
-                self.answer = error
+                self.answers = [error]
             done.set()
 
-        if not self.done.is_set():
-            return TimeoutError()
-        answer, done = self.answer, threading.Event()
+        self.answers = []
         threading.Thread(target=run, daemon=True).start()
         self.done = done
-        if not self.late:
-            self.late = True
-            done.wait()  # an interrupted join takes it for dead
-            self.late, answer = False, self.answer
+
+    def ask(self, question: Callable[[], Any], seconds: float,
+            given_up: Callable[[], bool] = lambda: False) -> Any:
+        """The answer, or the late one to the question before. Raises what the question raised, and
+        TimeoutError after `seconds` or once `given_up` says so.
+        """
+        if not self.answers:
+            self.start(question)
+        end = read_clock() + seconds
+        while not self.done.wait(max(0.0, min(0.05, end - read_clock()))):
+            if given_up() or read_clock() >= end:
+                self.was_late = True
+                raise TimeoutError
+        answer = self.answers.pop()
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
 
 def load_nvml() -> Any:
-    """None without a driver. Raises ImportError."""
+    """The binding of the driver's library; None without a driver. Raises ImportError."""
     import ctypes
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libnvidia-ml.so.1")
-        import pynvml
-        return pynvml
-
-
-def read_gpu(nvml: Any, index: int) -> Gpu:
     try:
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        name = nvml.nvmlDeviceGetName(handle)
-        return Gpu(visible(name, 60), not nvml.nvmlDeviceGetComputeRunningProcesses(handle))
-    except nvml.NVMLError:
-        return Gpu("", False)
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    import pynvml
+    return pynvml
 
 
 def list_gpus() -> list[Gpu] | None:
-    """None where a driver cannot say. NVML is closed for driver upgrades."""
+    """The cards; None where there is a driver that cannot say.
+
+    NVML is closed each time, so that the driver can be upgraded meanwhile.
+    """
+    def read_gpu(index: int) -> Gpu:
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            name = printable(nvml.nvmlDeviceGetName(handle), 60)
+            return Gpu(name, not nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        except nvml.NVMLError:
+            return Gpu(None, False)
+
     try:
         nvml = load_nvml()
     except ImportError:
         nvml = None
-    if not nvml:
+    if nvml is None:
         return []
     try:
         nvml.nvmlInit()
         try:
-            return [read_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+            return [read_gpu(index) for index in range(nvml.nvmlDeviceGetCount())]
         finally:
             nvml.nvmlShutdown()
     except nvml.NVMLError as error:
         return [] if error.value == nvml.NVML_ERROR_DRIVER_NOT_LOADED else None
 
 
-def find_private_ip(config: Config) -> str:
-    """Towards the gateway, else the default route, else the first that fits."""
+def find_private_ip() -> str:
+    """This machine's address on the default route, else on any interface, else "". Asks nobody."""
     import psutil
     found = []
-    for target in (config.gateway_host, "198.51.100.1"):  # RFC 5737; nothing is sent
-        with contextlib.suppress(OSError):
-            first = getaddrinfo(
-                target, 9, type=socket.SOCK_DGRAM, flags=config.dry_run * socket.AI_NUMERICHOST)[0]
-            with socket.socket(*first[:2]) as udp:
-                udp.connect(first[4])
-                found.append(udp.getsockname()[0])
+    # Addresses of documentation (RFC 5737, RFC 3849): connecting UDP sends nothing.
+    for family, anywhere in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as udp:
+            udp.connect((anywhere, 9))
+            found.append(udp.getsockname()[0])
     with contextlib.suppress(OSError):
-        found += [entry.address for name, entries in psutil.net_if_addrs().items() for entry in entries
-                  if entry.family != psutil.AF_LINK and not re.match("docker|cni|flannel|veth", name)]
-    fits = (ip for ip in found if not re.match(r"127\.|::1$|169\.254\.|fe80:", ip))
-    return config.private_ip or next(fits, "")
+        for name, entries in psutil.net_if_addrs().items():
+            if not re.match("docker|cni|flannel|veth", name):
+                found += [entry.address for entry in entries if entry.family != psutil.AF_LINK]
+    return next((ip for ip in found if not re.match(r"127\.|::1$|169\.254\.|fe80:", ip)), "")
 
 
 class Host:
-    """Load is the average since the last sample."""
+    """Looks at the machine. What hangs or fails is unknown, with a warning when that begins."""
 
-    def __init__(self) -> None:
-        self.driver, self.disk, self.address = Aside(), Aside(), Aside()
+    def __init__(self, deadline: float = HOST_DEADLINE) -> None:
+        self.deadline = deadline        # seconds
+        self.driver, self.disk = BackgroundQuery(), BackgroundQuery()
+        self.unknown: set[str] = set()
+        self.budget = LineBudget(6 * QUIET)
 
-    def ask(self, aside: Aside, what: str, question: Callable[[], Any], seconds: float) -> Any:
+    def ask(self, what: str, question: Callable[[], Any]) -> Any:
+        """The answer; None where there is none, for whatever reason."""
         try:
-            answer = call_within(seconds, lambda: aside.ask(question))
-            return None if isinstance(answer, Exception) else answer
-        except (TimeoutError, RuntimeError):  # no thread to be had
-            LOG.warning("%s hangs and is unknown until it answers: see the system log", what)
+            answer = question()
+            self.unknown.discard(what)
+            return answer
+        except Exception as error:
+            if what not in self.unknown and self.budget.allows(read_clock()):
+                reason = "hangs" if isinstance(error, TimeoutError) else printable(repr(error))
+                LOG.warning("%s cannot be read, %s: it is unknown until it answers, and keepalives"
+                            " go on; see the system's log", what, reason)
+            self.unknown.add(what)
+            return None
+
+    def ask_aside(self, query: BackgroundQuery, what: str, question: Callable[[], Any],
+                  seconds: float) -> Any:
+        """As `ask`, for what can hang. Once late it is not waited for again: each sample then has
+        the answer to the question of the sample before.
+        """
+        patience = 0.0 if query.was_late else seconds
+        answer = self.ask(what, lambda: query.ask(question, patience))
+        if query.was_late:
+            with contextlib.suppress(RuntimeError):     # no thread to be had
+                query.start(question)
+        return answer
 
     def sample(self) -> tuple[Metrics, list[Gpu] | None]:
+        """Metrics and cards, within the deadline. Load is the average since the last sample."""
         import psutil
-        start, cores, memory = read_clock(), psutil.cpu_count(), psutil.virtual_memory()
-        disk = self.ask(self.disk, "the disk", lambda: psutil.disk_usage("/"), HOST_DEADLINE)
-        gpus = self.ask(self.driver, "the NVIDIA driver", list_gpus, HOST_DEADLINE - (read_clock() - start))
-        return Metrics(psutil.cpu_percent(), memory.percent, cores and cores * 1000, memory.total >> 20,
-                       disk and disk.total, disk and disk.free, sum(gpu.free for gpu in gpus or ())), gpus
+        end = read_clock() + self.deadline
+        cores = self.ask("the number of CPUs", psutil.cpu_count)
+        load = self.ask("the CPU's load", psutil.cpu_percent)
+        memory = self.ask("the memory", psutil.virtual_memory)
+        disk = self.ask_aside(self.disk, "the disk", lambda: psutil.disk_usage("/"), self.deadline)
+        gpus = self.ask_aside(self.driver, "the NVIDIA driver", list_gpus, end - read_clock())
+        return Metrics(
+            cpu_utilization_pct=load,
+            memory_utilization_pct=getattr(memory, "percent", None),
+            total_cpu_available=None if cores is None else cores * 1000,
+            total_memory_available=None if memory is None else memory.total >> 20,
+            total_disk_space_bytes=getattr(disk, "total", None),
+            total_disk_free_bytes=getattr(disk, "free", None),
+            free_gpu_count=sum(gpu.free for gpu in gpus or ())), gpus
 
 
-# ---- 7 Wire
-# The first that matches the error holds.
-FAILURES = (
-    ("connection ?refused", "connection refused: is the gateway running, or the SSH tunnel up? "),
-    ("Timeout", "no whole answer in time: "),
-    ("resolve|Errno -", "no address for {config.gateway_host}: check the DNS, "),
-    ("has expired|not yet", "its certificate is not valid now: renew it, check this clock, "),
-    ("mismatch|'t match", "its certificate is not for {config.gateway_host}: give its name, "),
-    ("VERIFY_FAILED", "its certificate's issuer is unknown: give --ca-file, "),
-    ("SSL", "no TLS 1.2 there: cleartext port? "),
-    ("", "the connection broke, {error}: is the SSH tunnel up? "),
-)
+# ---- 7 Gateway and k3s client
+class OutgoingRequest:
+    """One HTTP request under one deadline, from the name look-up to the last byte.
+
+    When its time is up its connection is hung up: a blocked read returns at once, and the library
+    reports that in an ordinary place. Nothing raises from a signal handler, where an exception
+    could land inside a library's lock.
+    """
+
+    def __init__(self, seconds: float, connection: socket.socket | None) -> None:
+        self.ends_at = read_clock() + seconds
+        self.connection = connection    # a kept one, or none yet
+        self.timed_out = False
+
+    def seconds_left(self) -> float:
+        """Never 0, which would be "for ever" to a socket."""
+        return max(self.ends_at - read_clock(), 0.001)
+
+    def hold(self, sock: socket.socket) -> None:
+        """Remembers the connection. A duplicate: TLS takes the socket itself away."""
+        self.let_go()
+        self.connection = sock.dup()
+        if self.timed_out:
+            self.hang_up()
+
+    def let_go(self) -> None:
+        """Forgets the connection."""
+        if self.connection is not None:
+            self.connection.close()
+        self.connection = None
+
+    def hang_up(self) -> None:
+        """Ends the request, from a signal handler or another thread."""
+        self.timed_out = True
+        if self.connection is not None:
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
 
 
-def describe_failure(error: BaseException, config: Config) -> Outcome:
-    if isinstance(error, AgentError):
-        return Outcome(Kind.UNSAFE, str(error))
-    said = re.split("[)>]: ", repr(error))[-1]  # without the host
-    text = next(text for pattern, text in FAILURES if re.search(pattern, said, re.I))
-    return Outcome(Kind.TROUBLE, (text + TRY_HEALTH).format(config=config, error=visible(said)))
+class Alarm:
+    """Hangs up the main thread's request when its time is up. The one owner of the timer."""
+
+    def __init__(self) -> None:
+        self.request: OutgoingRequest | None = None
+        self.limit = math.inf       # once a stop was asked for: when any request ends
+
+    def install(self) -> None:
+        """Takes SIGALRM, even where the parent ignored or blocked it."""
+        signal.signal(signal.SIGALRM, self.ring)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+
+    def ring(self, number: int, frame: Any) -> None:
+        """The signal's handler."""
+        if self.request is not None:
+            self.request.hang_up()
+
+    def set_timer(self, moment: float) -> None:
+        """Rings then, and again and again: the request may not have a connection yet."""
+        signal.setitimer(signal.ITIMER_REAL, max(moment - read_clock(), 0.001), 0.1)
+
+    def end_requests_by(self, moment: float) -> None:
+        """Cuts the request in flight, and those to come. Called by a signal handler too."""
+        self.limit = moment
+        if self.request is not None and moment < self.request.ends_at:
+            self.set_timer(moment)
+
+    @contextlib.contextmanager
+    def guarding(self, request: OutgoingRequest) -> Iterator[None]:
+        """Hangs the request up if it is not over by its deadline."""
+        self.request = request
+        try:
+            self.set_timer(request.ends_at)
+            if self.limit < request.ends_at:    # in this order: a stop may come in between
+                self.set_timer(self.limit)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.request = None
 
 
-class Wire:
-    """The one way out, over one kept connection."""
+class Answer(NamedTuple):
+    """What an HTTP server said."""
 
-    def __init__(self, config: Config) -> None:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class AnswerTooLarge(Exception):
+    """The answer is over its limit, which is the text."""
+
+
+class NameServerSlow(Exception):
+    """The name look-up took longer than the request had; its late answer serves the next one."""
+
+
+def look_up(host: str, port: int, flags: int = 0) -> list[Any]:
+    """The addresses for a TCP connection. Raises OSError or UnicodeError."""
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+
+
+def look_up_digits(host: str) -> list[Any]:
+    """The addresses of a host in digits, in any notation; none for a name. Asks no name server."""
+    try:
+        return look_up(host, 0, socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return []
+
+
+def require_private(host: str, addresses: list[Any]) -> None:
+    """Raises UnsafeAddress where tokens in cleartext would go to a public address."""
+    for ip in (address[4][0] for address in addresses):
+        if not is_private(ip):
+            place = host if ip == host else f"{host} leads to {ip}, which"
+            raise UnsafeAddress(f"{place} is a public address: without TLS others could read the"
+                                " tokens on their way", by_name=not look_up_digits(host))
+
+
+class GuardedConnection:
+    """What is added to urllib3's connections, at the place where its SOCKS support steps in too."""
+
+    client: "HttpClient"
+    host: str
+    port: int
+
+    def _new_conn(self) -> socket.socket:
+        return self.client.connect(getattr(self, "_dns_host", self.host), self.port)
+
+
+def build_adapter(client: "HttpClient") -> Any:
+    """An adapter of `requests` whose connections the client makes, one of which is kept.
+
+    Without a session, which follows redirects, keeps cookies and obeys ~/.netrc.
+    """
+    import requests.adapters
+    import urllib3
+
+    class Http(GuardedConnection, urllib3.connection.HTTPConnection):
+        pass
+
+    class Https(GuardedConnection, urllib3.connection.HTTPSConnection):
+        pass
+
+    class HttpPool(urllib3.HTTPConnectionPool):
+        ConnectionCls = Http
+
+    class HttpsPool(urllib3.HTTPSConnectionPool):
+        ConnectionCls = Https
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **named: Any) -> None:
+            super().init_poolmanager(*args, **named)
+            self.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
+
+        def proxy_manager_for(self, *args: Any, **named: Any) -> Any:
+            manager = super().proxy_manager_for(*args, **named)
+            manager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
+            return manager
+
+    Http.client = Https.client = client
+    return Adapter(pool_connections=1, pool_maxsize=1)
+
+
+class HttpClient:
+    """One HTTP server, one kept connection. Every request of this program leaves here."""
+
+    def __init__(self, url: str, alarm: Alarm | None, proxy: str = "", ca_file: str | None = None,
+                 cleartext_anywhere: bool = False) -> None:
+        self.url, self.proxy, self.ca_file = url, proxy, ca_file
+        self.alarm = alarm      # None in a helper thread, which is hung up by whoever waits for it
+        self.any_address = cleartext_anywhere or url.startswith("https:")
+        self.request = OutgoingRequest(0, None)
+        self.resolver = BackgroundQuery()
+        self.adapter: Any = None
+
+    def resolve(self, host: str) -> list[Any]:
+        """The addresses, each of them judged. Raises UnsafeAddress, NameServerSlow, OSError."""
+        request = self.request
+        addresses = look_up_digits(host)
+        try:
+            if not addresses:
+                addresses = self.resolver.ask(lambda: look_up(host, 0), request.seconds_left(),
+                                              lambda: request.timed_out)
+        except TimeoutError:
+            raise NameServerSlow from None
+        if not self.any_address:
+            require_private(host, addresses)
+        return addresses
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        """A connection to the first address that takes it; each has its share of the time."""
+        addresses = self.resolve(host)
+        failure = OSError("no address")
+        for number, (family, kind, protocol, _, address) in enumerate(addresses):
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(self.request.seconds_left() / (len(addresses) - number))
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.request.hold(sock)
+                sock.connect((address[0], port, *address[2:]))
+                sock.settimeout(self.request.seconds_left())    # for TLS
+                return sock
+            except OSError as error:
+                sock.close()
+                failure = error
+        raise failure
+
+    def exchange(self, method: str, path: str, headers: Mapping[str, str], body: str | None,
+                 seconds: float, limit: int) -> Answer:
+        """A request and its answer of at most `limit` bytes, within `seconds`.
+
+        Raises TimeoutError, AnswerTooLarge, and whatever the libraries do.
+        """
         import requests
-        self.config, self.resolver, self.adapter = config, Aside(), requests.adapters.HTTPAdapter(1, 1)
-        socket.getaddrinfo = self.look_up
+        self.adapter = self.adapter or build_adapter(self)
+        self.request = request = OutgoingRequest(seconds, self.request.connection)
+        prepared = requests.Request(method, self.url + path, dict(headers), data=body).prepare()
+        proxies = {"http": self.proxy, "https": self.proxy} if self.proxy else {}
+        try:
+            with self.alarm.guarding(request) if self.alarm else contextlib.nullcontext():
+                response = self.adapter.send(
+                    prepared, stream=True, timeout=request.seconds_left(),
+                    verify=self.ca_file or True, proxies=proxies)
+                data = response.raw.read(limit + 1, decode_content=False)
+                response.raw.release_conn()
+            if len(data) > limit:
+                raise AnswerTooLarge(f"{limit >> 10} KiB")
+        except Exception as error:
+            self.close()
+            if not request.timed_out or isinstance(error, NameServerSlow):
+                raise
+        if request.timed_out:       # whatever came: it may have been cut
+            self.close()
+            raise TimeoutError
+        return Answer(response.status_code, response.headers, data)
 
-    def look_up(self, host: Any, port: Any, *rest: Any, **named: Any) -> Any:
-        """Every connection begins here, a proxy's too. Raises AgentError."""
-        config = self.config
-        self.resolver.late = False  # another host
-        found = self.resolver.ask(lambda: getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=config.dry_run * socket.AI_NUMERICHOST))
-        if isinstance(found, Exception):
-            raise found
-        for *_, address in found:
-            if not (config.tls or config.allow_cleartext or is_private(address[0])):
-                raise AgentError(f"{host} is at {address[0]}, where others could read the tokens:"
-                                 " give --tls, --allow-cleartext or an SSH tunnel")
-        if config.dry_run:
-            raise OSError
-        return found
+    def close(self) -> None:
+        """Closes the kept connection."""
+        self.request.let_go()
+        if self.adapter is not None:
+            self.adapter.close()
 
-    def exchange(self, call: str, payload: dict[str, Any], seconds: float) -> tuple[int, Any, bytes]:
-        """No session, which follows redirects and obeys ~/.netrc."""
-        import requests
-        config = self.config
-        local = re.fullmatch(r"(?i)localhost\.?|127\.[0-9.]+|[0:]+1", config.gateway_host)
-        proxies = {} if local else requests.utils.get_environ_proxies(config.gateway)
-        headers = {"Authorization": f"Bearer {config.token.reveal()}", "Accept-Encoding": "identity",
-                   "Content-Type": "application/json"}
-        text = json.dumps(payload, separators=(",", ":"), default=Secret.reveal)
-        request = requests.Request(
-            "POST", f"{config.gateway}/api/v1/machine/{call}", headers, data=text).prepare()
-        LOG.debug("> POST %s %s %s", request.url, headers, visible(text, 1000))
-        answer = self.adapter.send(request, True, seconds, config.ca_file or True, proxies=proxies)
-        body = answer.raw.read(SIZE_LIMIT + 1, decode_content=False)
-        answer.raw.release_conn()
-        return answer.status_code, answer.headers, body
+
+def find_proxy(config: Config) -> str:
+    """The URL of the proxy that the environment names for the gateway; "" for none.
+
+    Raises AgentError for one that cannot be used, which is not shown: it may hold a password.
+    """
+    import requests.utils
+    import urllib3.util
+    named = requests.utils.get_environ_proxies(config.gateway)
+    proxy = requests.utils.select_proxy(config.gateway, named) or ""
+    if not proxy or is_loopback(config.gateway_host):
+        return ""
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    with contextlib.suppress(ValueError):
+        parsed = urllib3.util.parse_url(proxy)
+        if parsed.host and parsed.scheme in ("http", "https"):
+            return proxy
+    raise AgentError(f"the proxy that the environment names for {config.gateway} is none for HTTP,"
+                     " the only kind that this program can use: correct http_proxy, https_proxy or"
+                     " all_proxy, or have no_proxy name the gateway")
+
+
+def split_proxy(proxy: str) -> tuple[str, int]:
+    """Host and port of a proxy, without its user and password."""
+    import urllib3.util
+    parsed = urllib3.util.parse_url(proxy)
+    return (parsed.host or "").strip("[]"), parsed.port or (443 if parsed.scheme == "https" else 80)
+
+
+def format_peer(config: Config, proxy: str) -> str:
+    """Whom the agent connects to, for people."""
+    if not proxy:
+        return f"{format_host(config.gateway_host)}:{config.gateway_port}"
+    host, port = split_proxy(proxy)
+    return f"the proxy {format_host(host)}:{port}"
+
+
+def causes_of(error: BaseException) -> list[BaseException]:
+    """The error and those it was made from, the innermost last: urllib3 nests them deeply."""
+    chain: list[BaseException] = []
+    waiting = [error]
+    while waiting and len(chain) < 20:
+        each = waiting.pop(0)
+        chain.append(each)
+        inner = (getattr(each, "reason", None), each.__cause__, each.__context__, *each.args)
+        waiting += [cause for cause in inner if isinstance(cause, BaseException)]
+    return chain
+
+
+def explain_failure(error: BaseException, peer: str, config: Config) -> tuple[str, str]:
+    """What went wrong on the way to an answer, and the remedy."""
+    import ssl
+    chain = causes_of(error)
+    text = " ".join(printable(each) for each in chain)
+    try_health = TRY_HEALTH.format(config=config)
+
+    def among(kind: Any) -> Any:
+        return next((each for each in reversed(chain) if isinstance(each, kind)), None)
+
+    if among(AnswerTooLarge):
+        return f"the answer is larger than {error}", "Is this the gateway? " + try_health
+    if among(NameServerSlow):
+        return (f"name server slow: no address of {peer} yet", "A late answer is used for the next"
+                " attempt. Check the name servers in /etc/resolv.conf")
+    if among((socket.gaierror, UnicodeError)):
+        return f"no address is known of {peer}", "Check the name and the name server"
+    if among(TimeoutError):
+        return f"no complete answer in time from {peer}", try_health
+    if among(ConnectionRefusedError):
+        return f"connection refused by {peer}", f"Is the gateway or its tunnel up? {try_health}"
+    # OpenSSL's codes, see openssl-verification-options(1); urllib3 1.26 judges names itself.
+    code = getattr(among(ssl.SSLCertVerificationError), "verify_code", None)
+    if code in (9, 10):
+        return (f"the certificate of {peer} is not valid now",
+                "Renew it, or correct this machine's clock")
+    if code in (62, 64) or "doesn't match" in text:
+        return (f"the certificate of {peer} is not for {config.gateway_host}",
+                "Give --gateway-host a name that is in the certificate")
+    if code is not None:
+        return (f"the certificate of {peer} has an unknown issuer",
+                "Give the issuer's root certificate with --ca-file")
+    if "TLS CA certificate bundle" in text:
+        return "the file of --ca-file is gone", "Put the root certificates back there"
+    if among(ssl.SSLError):
+        return f"no TLS 1.2 or newer at {peer}", f"Is it the port of https? {try_health}"
+    inner = among(OSError) or chain[-1]
+    return f"the connection to {peer} broke, {type(inner).__name__}: {printable(inner)}", try_health
+
+
+class GatewayClient:
+    """Registers and keeps alive. Whatever happens is an Outcome."""
+
+    def __init__(self, config: Config, alarm: Alarm | None) -> None:
+        self.config, self.proxy = config, find_proxy(config)
+        self.peer = format_peer(config, self.proxy)
+        self.http = HttpClient(config.gateway, alarm, self.proxy, config.ca_file,
+                               config.allow_cleartext)
+
+    def outcome_of_failure(self, error: Exception) -> Outcome:
+        """What a request without an answer means."""
+        for each in causes_of(error):
+            if isinstance(each, UnsafeAddress):
+                kind = Kind.UNSAFE_NAME if each.by_name else Kind.UNSAFE
+                return Outcome(kind, each.fault, each.remedy)
+        text, remedy = explain_failure(error, self.peer, self.config)
+        if self.proxy:
+            remedy = f"The environment names this proxy (no_proxy leaves it out). {remedy}"
+        return Outcome(Kind.TROUBLE, text, remedy)
 
     def send(self, call: str, payload: dict[str, Any], seconds: float) -> Outcome:
+        """Sends a register or keepalive, within `seconds`."""
+        path = f"/api/v1/machine/{call}"
+        text = json.dumps(payload, separators=(",", ":"), default=Secret.reveal)
+        # Without Content-Type the gateway says 400.
+        headers = {"Authorization": f"Bearer {self.config.token.reveal()}",
+                   "Content-Type": "application/json", "Accept-Encoding": "identity"}
+        LOG.debug("> POST %s%s %s", self.http.url, path, printable(text, 1000))
         start = read_clock()
         try:
-            status, fields, body = call_within(seconds, lambda: self.exchange(call, payload, seconds))
-            LOG.debug("< %d in %.1f ms %s %s", status, (read_clock() - start) * 1000, visible(fields, 1000),
-                      format_body(body))
-            if len(body) > SIZE_LIMIT:
-                raise OverflowError("over 64 KiB")
-            return classify(call, status, fields, body, payload["machine_id"], self.config)
-        except Exception as error:  # of any kind, from hostile bytes
-            LOG.debug("<", exc_info=True)
-            self.adapter.close()
-            return describe_failure(error, self.config)
+            answer = self.http.exchange("POST", path, headers, text, seconds, ANSWER_LIMIT)
+        except Exception as error:  # of any kind: a stranger's bytes went through the libraries
+            LOG.debug("< no answer", exc_info=True)
+            return self.outcome_of_failure(error)
+        LOG.debug("< %d in %.1f ms %s %s", answer.status, (read_clock() - start) * 1000,
+                  printable(answer.headers, 1000), describe_body(answer.body))
+        return classify(call, answer.status, answer.headers, answer.body, payload["machine_id"],
+                        self.config)
 
 
-# ---- 8 Disk
+# ---- 8 State on disk
 def find_state_dir(config: Config) -> str:
+    """The folder for machine id and lock. Raises AgentError where there is none to be told."""
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    folder = f"{'/var/lib' if os.geteuid() == 0 else home}/beta9-agent"
-    return config.state_dir or os.environ.get("STATE_DIRECTORY") or folder
+    home = "/var/lib" if os.geteuid() == 0 else home
+    folder = config.state_dir or os.environ.get("STATE_DIRECTORY") or f"{home}/beta9-agent"
+    if folder.startswith("~"):
+        raise AgentError("this user has no home folder to keep the machine id in: give --state-dir")
+    return str(folder)
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Replaces a file by one that its owner alone can read, or leaves it as it was."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    with open(os.open(f"{path}.new", flags, 0o600), "w") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.new", path)
 
 
 def read_fingerprint() -> str:
+    """Tells this machine from one with a copy of its disk."""
     try:
         return hashlib.sha256(b"beta9-agent" + read_file("/etc/machine-id").encode()).hexdigest()
     except AgentError:
@@ -727,196 +1488,329 @@ def read_fingerprint() -> str:
 
 
 def read_machine_id(folder: str) -> str | None:
-    path = f"{folder}/machine-id"
-    if os.path.exists(path):
-        with contextlib.suppress(AgentError):
-            if kept := re.fullmatch(f"([0-9a-f]{{8}}) {read_fingerprint()}\n", read_file(path)):
-                return kept[1]
-        LOG.warning("%s is unreadable, damaged or another machine's: this machine gets a new id", path)
+    """The kept id; None for none, a damaged one or another machine's."""
+    with contextlib.suppress(AgentError):
+        text = read_file(f"{folder}/machine-id")
+        kept = re.fullmatch(f"([0-9a-f]{{8}}) {read_fingerprint()}\n", text)
+        return kept[1] if kept else None
     return None
 
 
-def write_machine_id(folder: str, machine_id: str) -> None:
-    path = f"{folder}/machine-id"
-    with open(path + ".new", "w") as file:
-        os.fchmod(file.fileno(), 0o600)
-        print(machine_id, read_fingerprint(), file=file, flush=True)
-        os.fsync(file.fileno())
-    os.replace(path + ".new", path)
-
-
-def take_lock(path: str) -> Any:
-    """Its time is the last confirmed keepalive."""
-    file = open(path, "a")
+def take_lock(file: Any) -> bool:
+    """Whether this process has the file's lock now. Raises OSError where there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
     except BlockingIOError:
-        raise AgentError(f"pid {visible(read_file(path).strip())} keeps this machine: stop it, or give"
-                         " another --machine-id", 75) from None
+        return False
+
+
+def make_machine_id(folder: str) -> str:
+    """A new id, kept; of processes that start together all get the same. Raises OSError."""
+    path = f"{folder}/machine-id"
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        end = read_clock() + HOST_DEADLINE
+        with contextlib.suppress(OSError):      # no locks here: it is kept all the same
+            while not take_lock(lock) and read_clock() < end:
+                time.sleep(0.02)
+        machine_id = read_machine_id(folder)
+        if machine_id is None:
+            machine_id = os.urandom(4).hex()
+            if os.path.lexists(path):
+                LOG.warning("%s is unreadable, damaged or another machine's: this machine gets the"
+                            " new id %s; give the old one with --machine-id", path, machine_id)
+            write_atomically(path, f"{machine_id} {read_fingerprint()}\n")
+        return machine_id
+    finally:
+        os.close(lock)
+
+
+def lock_machine(path: str) -> Any:
+    """The lock file with our pid, held until we end; its time is the last confirmed keepalive.
+
+    Raises AgentError where another process holds it, and OSError.
+    """
+    file = open(path, "ab", buffering=0)
+    try:
+        if not take_lock(file):
+            pid = printable(read_file(path).strip())
+            raise AgentError(f"process {pid} keeps this machine already: stop it, or give another"
+                             " --machine-id", 75)
+    except OSError as error:
+        LOG.warning("%s cannot be locked, %s: see that no second agent runs with this machine id",
+                    path, error.strerror)
     file.truncate(0)
-    os.write(file.fileno(), b"%d\n" % os.getpid())
+    file.write(b"%d\n" % os.getpid())
     os.utime(path, (0, 0))
     return file
 
 
+class State(NamedTuple):
+    """The machine id, and the lock on it where there is one."""
+
+    machine_id: str
+    lock: Any = None
+
+
+def open_state(config: Config) -> State:
+    """The machine id and its lock. Where the disk cannot keep them, a warning."""
+    folder = find_state_dir(config)
+    machine_id = config.machine_id or read_machine_id(folder)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        machine_id = machine_id or make_machine_id(folder)
+        return State(machine_id, lock_machine(f"{folder}/{machine_id}.lock"))
+    except OSError as error:
+        LOG.warning("%s cannot keep the machine id and its lock, %s: this machine goes on without;"
+                    " give --state-dir", folder, error.strerror)
+        return State(machine_id or os.urandom(4).hex())
+
+
 # ---- 10 Loop
-def notify(state: str) -> None:
-    """Tells systemd. Source: sd_notify(3)."""
-    if path := os.environ.get("NOTIFY_SOCKET"):
+def notify_systemd(state: str) -> None:
+    """Tells systemd, where it started us. Source: sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        address = "\0" + path[1:] if path.startswith("@") else path
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
-            unix.sendto(state.encode(), socket.MSG_DONTWAIT, re.sub("^@", "\0", path))
+            unix.sendto(state.encode(), socket.MSG_DONTWAIT, address)
 
 
-class Stop:
-    """Set by a signal; a second one ends at once."""
+class LogLines(logging.Handler):
+    """Writes lines to standard error and systemd, without tokens, and never waits for a reader."""
 
-    def __init__(self) -> None:
-        self.at: float | None = None
-        self.signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: leave it so
-            self.signals.pop()
-        for each in self.signals:
-            signal.signal(each, self.handle)
+    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}     # sd-daemon(3)
+
+    def __init__(self, redactor: Redactor) -> None:
+        super().__init__()
+        self.redactor, self.stderr = redactor, 2
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_APPEND
+        with contextlib.suppress(OSError):
+            mode = os.fstat(2).st_mode
+            if os.isatty(2):
+                self.stderr = os.open(os.ttyname(2), flags)
+            elif stat.S_ISFIFO(mode):
+                self.stderr = os.open("/dev/fd/2", flags)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record; what nobody takes is lost."""
+        lines = [printable(self.redactor.redact(printable(line, 4000)), 4000)
+                 for line in self.format(record).split("\n")]
+        notify_systemd("STATUS=" + lines[0].encode(errors="replace").decode())
+        prefix = f"{logging.Formatter().formatTime(record)} {record.levelname} "
+        with contextlib.suppress(OSError):
+            status = os.fstat(2)
+            if os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
+                prefix = f"<{self.PRIORITIES[record.levelname]}>"
+            data = (prefix + "\n".join(lines) + "\n").encode(errors="backslashreplace")
+            for at in range(0, len(data), select.PIPE_BUF):     # so much never blocks
+                if select.select([], [self.stderr], [], 0)[1]:
+                    os.write(self.stderr, data[at:at + select.PIPE_BUF])
+
+
+class StopFlag:
+    """Set by the first SIGTERM, SIGINT or SIGHUP; the second ends the program on the spot."""
+
+    def __init__(self, alarm: Alarm) -> None:
+        self.alarm, self.at = alarm, math.inf   # when the signal came
+        self.signals = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                        if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stay ignored
+
+    def install(self) -> None:
+        """Takes the signals, even where the parent blocked them."""
+        for number in self.signals:
+            signal.signal(number, self.handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
 
     def handle(self, number: int, frame: Any) -> None:
+        """The signals' handler."""
         self.at = read_clock()
         for each in self.signals:
             signal.signal(each, signal.SIG_DFL)
-        if signal.getitimer(signal.ITIMER_REAL)[0] > 1:  # cuts the call in flight
-            signal.setitimer(signal.ITIMER_REAL, 1, 0.5)
+        self.alarm.end_requests_by(self.at + STOP_DEADLINE)
 
-    def wait_until(self, due: float) -> None:
-        while self.at is None and (left := due - read_clock()) > 0:
-            notify("WATCHDOG=1")
-            time.sleep(min(left, 0.25))
+    def is_set(self) -> bool:
+        """Whether to stop."""
+        return self.at < math.inf
+
+    def wait_until(self, moment: float) -> None:
+        """Sleeps until then or until the flag is set, and feeds systemd's watchdog."""
+        while not self.is_set() and read_clock() < moment:
+            notify_systemd("WATCHDOG=1")
+            time.sleep(max(0.0, min(moment - read_clock(), TICK)))
 
 
 class Agent:
-    def __init__(self, config: Config, machine_id: str) -> None:
-        self.config, self.machine_id, self.host, self.wire = config, machine_id, Host(), Wire(config)
-        self.started = self.told = read_clock()
-        self.lease, self.ready, self.trouble, self.stale = Lease(self.started), False, Trouble(), Trouble()
-        self.private_ip: str | None = None
+    """One machine's life at its gateway: registers, keeps alive, reports, leaves."""
+
+    def __init__(self, config: Config, state: State, client: GatewayClient) -> None:
+        self.config, self.state, self.client, self.host = config, state, client, Host()
+        self.started_at = self.told_at = read_clock()
+        self.lease, self.ready = Lease(self.started_at), False
+        self.trouble, self.token_lines, self.ttl_lines = (
+            Trouble(), LineBudget(), LineBudget(6 * QUIET))
+        self.offer = self.previous_offer = Offer(0, 0, 0)
+        self.offer = self.previous_offer = self.sample()
+
+    def sample(self) -> Offer:
+        """Looks at the machine; what is unknown stays as it was offered."""
         self.metrics, self.gpus = self.host.sample()
-        self.offer = self.seen = {"cpu": "0m", "gpu_count": "0"} | offer_of(self.metrics, self.gpus, config)
+        found = offer_of(self.metrics, self.gpus, self.config)
+        return Offer(*(old if new is None else new for new, old in zip(found, self.offer)))
 
     def announce(self) -> None:
+        """Says what begins, and warns of what will not work."""
         config = self.config
-        LOG.info("beta9-agent %s: machine %s, pool %s, gateway %s, offers %s%s", VERSION, self.machine_id,
-                 config.pool_name, config.gateway, format_offer(self.offer),
-                 "".join(f", {gpu.name or 'lost'}" for gpu in self.gpus or ()))
+        through = f" through {self.client.peer}" if self.client.proxy else ""
+        cards = "".join(f", {gpu.name or 'a lost GPU'}" for gpu in self.gpus or ())
+        LOG.info("beta9-agent %s: machine %s, pool %s, gateway %s%s, offers %s%s", VERSION,
+                 self.state.machine_id, config.pool_name, config.gateway, through,
+                 format_offer(self.offer), cards)
         if not (config.hostname and config.k3s_token):
-            LOG.warning("no worker can run here: give --hostname and --k3s-token")
-        for name, key in (("max_cpu", "cpu"), ("max_memory", "memory"), ("max_gpus", "gpu_count")):
-            if (getattr(config, name) or 0) > int(self.offer[key].rstrip("mMi")):
-                LOG.warning("%s is above what is there, %s: lower it", name, self.offer[key])
+            LOG.warning("no worker can run here: give --hostname and --k3s-token-file")
+        for name, offered, unit in (("max_cpu", self.offer.cpu, 1000), ("max_gpus",
+                                    self.offer.gpu_count, 1), ("max_memory", self.offer.memory, 1)):
+            cap = getattr(config, name)
+            if cap is not None and offered is not None and cap > offered:
+                LOG.warning("%s is %g, but there is only %g, all of which is offered: lower it",
+                            name, cap / unit, offered / unit)
         for name in SECRETS:
             source = config.sources.get(name, "")
-            if source[:2] == "--":
-                LOG.warning("%s shows in `ps`: use %s-file", source, source)
-            elif os.path.isfile(source) and os.stat(source).st_mode & 0o77:
-                LOG.warning("others can read the token: `chmod 600 %s`", source)
+            with contextlib.suppress(OSError):
+                if source.startswith("--"):
+                    LOG.warning("%s shows in `ps`: use %s-file", source, source)
+                elif os.path.isfile(source) and os.stat(source).st_mode & 0o077:
+                    LOG.warning("other users can read the token: `chmod 600 %s`", source)
         try:
             load_nvml()
         except ImportError:
-            LOG.warning("an NVIDIA driver, 0 GPUs: `pip install nvidia-ml-py`, start again")
+            LOG.warning("an NVIDIA driver is here, but 0 GPUs are offered, as its Python binding is"
+                        " missing: %s, then start again", how_to_install("nvidia-ml-py"))
 
-    def refresh(self) -> None:
-        """Tokens may have been rotated."""
-        for name, path in self.config.files.items():
+    def read_rotated_tokens(self) -> None:
+        """Reads the token files again; a new k3s token is registered at once."""
+        for name, path in self.config.token_files.items():
             try:
                 if not os.path.isfile(path):
-                    raise ValueError
-                token = TOKEN(read_file(path).rstrip("\r\n"))
-                if name == "k3s_token" and token is not self.config.k3s_token:
-                    self.lease = self.lease._replace(registered=False)
+                    raise AgentError("it is gone")
+                token = parse_token(read_file(path).rstrip("\r\n"))
+            except (AgentError, ValueError) as error:
+                if self.token_lines.allows(read_clock()):
+                    LOG.warning("the token in %s %s; the last good one is used meanwhile",
+                                printable(path), error)
+                continue
+            if token != getattr(self.config, name):
+                self.config.redactor.remember(name, token)
                 setattr(self.config, name, token)
-            except (AgentError, ValueError):
-                if self.stale.fault(read_clock()):
-                    LOG.warning("%s: no token there, the last one serves", visible(path))
+                if name == "k3s_token":
+                    self.lease = self.lease._replace(registered=False)
 
-    def payload(self, call: str) -> dict[str, Any]:
-        if call == KEEPALIVE:
-            return keepalive_payload(self.config, self.machine_id, self.metrics)
-        if self.private_ip is None:  # once: the last act is short
-            self.private_ip = self.host.ask(
-                self.host.address, "DNS", lambda: find_private_ip(self.config), HOST_DEADLINE)
-        return register_payload(self.config, self.machine_id, self.offer, self.private_ip or "")
-
-    def look(self) -> None:
-        with contextlib.suppress(OSError):  # no files left
-            self.metrics, self.gpus = self.host.sample()
-        offer = self.offer | offer_of(self.metrics, self.gpus, self.config)
-        if offer == self.seen != self.offer:
-            LOG.warning("had %s, has %s: registering again; see `nvidia-smi`",
+    def look_at_host(self) -> None:
+        """Takes a sample. Another capacity, once two samples agree on it, is registered."""
+        offer = self.sample()
+        if offer == self.previous_offer and offer != self.offer:
+            LOG.warning("this machine had %s, and has %s: registering that; see `nvidia-smi`",
                         format_offer(self.offer), format_offer(offer))
             self.offer, self.lease = offer, self.lease._replace(registered=False)
-        self.seen = offer
+        self.previous_offer = offer
 
-    def report(self, call: str, outcome: Outcome, failing_since: float | None) -> None:
-        now = read_clock()
-        if outcome.kind is not Kind.OK:
-            if self.trouble.fault(now):
-                say = LOG.error if outcome.kind in EXIT_CODES else LOG.warning
-                say("%s: failure %d in %.1f s, %s; next try in %.1f s", call, self.trouble.count,
-                    now - self.trouble.since, outcome.text, max(0, self.lease.due - now))
-        elif call == REGISTER:
-            LOG.info("registered, config keys: %s", outcome.text or "none")
-        else:
-            with contextlib.suppress(OSError):
-                os.utime(self.config.lock_path)
-            if not self.ready:
-                LOG.info("ready after %.2f s", now - self.started)
-                notify("READY=1")
-            elif failing_since and self.trouble.recovery():
-                LOG.info("ready again after %.1f s", now - failing_since)
-            elif now - self.told > QUIET:
-                LOG.info("ready, %s", format_offer(self.offer))
-            else:
-                return
-            self.ready, self.told = True, now
+    def payload_of(self, call: str) -> dict[str, Any]:
+        """What is sent."""
+        if call == KEEPALIVE:
+            return keepalive_payload(self.config, self.state.machine_id, self.metrics)
+        return register_payload(self.config, self.state.machine_id, self.offer,
+                                self.config.private_ip or find_private_ip())
 
-    def step(self, stop: Stop) -> Outcome:
-        interval = self.config.keepalive_interval
-        self.refresh()
+    def attempt(self, stop: StopFlag) -> Outcome:
+        """One call, and what follows from it. Raises AgentError before the first ready only."""
+        self.read_rotated_tokens()
         if self.lease.registered:
-            self.look()
-        before, now = self.lease, read_clock()
-        call = next_call(before, now)
-        payload = self.payload(call)
-        seconds = max(2.0, min(REQUEST_DEADLINE, interval, before.ttl / 3))
-        if stop.at:
-            seconds = stop.at + 1 - read_clock()
-        outcome = self.wire.send(call, payload, seconds)
-        self.lease = lease_after(before, call, outcome, read_clock(), interval, random.uniform)
-        if before.ttl != self.lease.ttl < 3 * interval:
-            LOG.info("a keepalive every %g s, a third of the TTL", self.lease.ttl / 3)
-        self.report(call, outcome, before.failing_since)
+            self.look_at_host()
+        before = self.lease
+        call = next_call(before, read_clock())
+        outcome = self.client.send(call, self.payload_of(call), deadline_of(before, self.config))
+        now = read_clock()
+        self.lease = lease_after(before, call, outcome, now, self.config, random.uniform)
+        if outcome.kind is Kind.OK:
+            self.report_success(call, outcome, before, now)
+            return outcome
+        waited = now - self.started_at
+        code = exit_code_after(outcome, self.lease, waited, now, self.config)
+        if code is not None and not self.ready and not stop.is_set():
+            raise AgentError(f"giving up after {waited:.1f} s: {call} failed, {outcome.text}."
+                             f" {outcome.remedy}", code)
+        self.report_failure(call, outcome, now)
         return outcome
 
-    def run(self, stop: Stop) -> int:
+    def report_failure(self, call: str, outcome: Outcome, now: float) -> None:
+        """Writes a line about a failure, unless there were many."""
+        if self.trouble.failed(now):
+            count, since = self.trouble.count, self.trouble.since or now
+            times = f" {count} times in {now - since:.1f} s" if count > 1 else ""
+            say = LOG.warning if outcome.kind in (Kind.TROUBLE, Kind.FORGOTTEN) else LOG.error
+            say("%s failed%s: %s; trying again in %.1f s. %s", call, times, outcome.text,
+                max(0.0, self.lease.due - now), outcome.remedy)
+
+    def report_success(self, call: str, outcome: Outcome, before: Lease, now: float) -> None:
+        """Writes a line about what changed, else one in QUIET seconds."""
+        interval = interval_of(self.lease, self.config)
+        if (before.ttl != self.lease.ttl and interval < self.config.keepalive_interval
+                and self.ttl_lines.allows(now)):
+            LOG.info("the gateway forgets after %g s: a keepalive every %g s", self.lease.ttl,
+                     interval)
+        if call == REGISTER:
+            LOG.info("registered, config keys: %s", outcome.text or "none")
+            return
+        if self.state.lock is not None:
+            with contextlib.suppress(OSError):
+                os.utime(self.state.lock.name)
+        if not self.ready:
+            LOG.info("ready after %.2f s", now - self.started_at)
+            notify_systemd("READY=1")
+        elif before.failing_since is not None and self.trouble.recovered():
+            LOG.info("ready again after %.1f s", now - before.failing_since)
+        elif now - self.told_at > QUIET:
+            LOG.info("ready, offers %s", format_offer(self.offer))
+        else:
+            return
+        self.ready, self.told_at = True, now
+
+    def next_wake(self) -> float:
+        """When to act: at the next attempt, or where patience ends before it."""
+        if self.ready:
+            return self.lease.due
+        denied = math.inf if self.lease.denied_since is None else self.lease.denied_since
+        timeout = self.config.startup_timeout
+        return min(self.lease.due, denied + DENIED_PATIENCE,
+                   math.inf if timeout is None else self.started_at + timeout)
+
+    def leave(self, stop: StopFlag) -> None:
+        """Registers once more: a machine that is only registered gets no work."""
+        self.read_rotated_tokens()
+        end = stop.at + LEAVE_DEADLINE
+        stop.alarm.end_requests_by(end)
+        self.client.send(REGISTER, self.payload_of(REGISTER), end - read_clock())
+
+    def run(self, stop: StopFlag) -> int:
+        """Lives until the flag is set; the exit code."""
         self.announce()
-        while stop.at is None:
-            outcome, now = self.step(stop), read_clock()
+        confirmed = False
+        while not stop.is_set():
+            confirmed = self.attempt(stop).kind is Kind.OK
             if self.ready and self.config.once:
                 return 0
-            if not (self.ready or stop.at or outcome.kind is Kind.OK) and (
-                    code := exit_code_of(outcome, self.lease, now - self.started, now, self.config)):
-                raise AgentError(f"giving up: {outcome.text}", code)
-            stop.wait_until(self.lease.due if self.ready else min(
-                self.lease.due, (self.lease.denied_since or 1e9) + DENIED_PATIENCE,
-                self.started + (self.config.startup_timeout or 1e9)))
-        notify("STOPPING=1")
+            stop.wait_until(self.next_wake())
+        notify_systemd("STOPPING=1")
         LOG.info("stopping")
-        self.refresh()
-        if self.ready and outcome.kind is Kind.OK:  # leaves ready
-            self.wire.send(REGISTER, self.payload(REGISTER), stop.at + 1.8 - read_clock())
+        if self.ready and confirmed:
+            self.leave(stop)
         return 0
 
 
 # ---- 11 Stand-in gateway
 def start_stand_in() -> int:
-    """The gateway of --dev, trusting its client. Returns the port."""
+    """Starts the gateway of --dev, which trusts its client; its port on loopback."""
     import http.server
     offers: dict[str, str] = {}     # until ready
 
@@ -925,100 +1819,123 @@ def start_stand_in() -> int:
 
         def do_POST(self) -> None:
             said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            state = {key: said[key] for key in ("machine_id", "pool_name")} | {"ttl_seconds": 300}
+            state = {"machine_id": said["machine_id"], "pool_name": said["pool_name"],
+                     "ttl_seconds": 300}
+            answer: dict[str, Any]
             if self.path.endswith(REGISTER):
-                offers[said["machine_id"]] = format_offer(said)
-                text = json.dumps({"config": None, "machine_state": state | {"status": "registered"}})
+                offers[said["machine_id"]] = f"{said['cpu']} CPU, {said['memory']} memory"
+                answer = {"config": None, "machine_state": {**state, "status": "registered"}}
             else:
-                if offer := offers.pop(said["machine_id"], None):
+                offer = offers.pop(said["machine_id"], None)
+                if offer is not None:
                     LOG.info("gateway: %s registered → ready, %s", said["machine_id"], offer)
-                text = json.dumps({"status": "ok", "machine_state": state | {"status": "ready"}})
+                answer = {"status": "ok", "machine_state": {**state, "status": "ready"}}
+            text = json.dumps(answer).encode()
             self.send_response_only(200)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(text.encode())
+            self.wfile.write(text)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server.server_port
 
 
-# ---- 12 Commands
-def dry_run(config: Config, machine_id: str) -> int:
+# ---- 12 Check and status
+def show_dry_run(config: Config) -> None:
+    """Prints the settings and what would be sent, without the network. Raises UnsafeAddress."""
+    client = GatewayClient(config, None)
+    first_hop = split_proxy(client.proxy)[0] if client.proxy else config.gateway_host
+    if not client.http.any_address:
+        require_private(first_hop, look_up_digits(first_hop))
+    machine_id = config.machine_id or read_machine_id(find_state_dir(config))
+    config.machine_id = machine_id or "new at the first start"
     for option in OPTIONS:
         value = getattr(config, option.name)
-        source = config.sources.get(option.name, "not given")
-        print(f"{option.name}: {'missing' if value is None else visible(value)}  ({source})")
-    agent = Agent(config, machine_id)
+        if option.group != "actions":
+            shown = "not set" if value is None else printable(value)
+            source = config.sources.get(option.name)
+            print(f"{option.name}: {shown}" + (f"  ({source})" if source else ""))
+    print("proxy:", client.peer if client.proxy else "none")
+    agent = Agent(config, State(config.machine_id), client)
     for call in (REGISTER, KEEPALIVE):
-        payload = agent.payload(call)
-        with contextlib.suppress(OSError, ValueError):  # ends before it connects
-            agent.wire.exchange(call, payload, 1)
-        print(f"POST {config.gateway}/api/v1/machine/{call} {json.dumps(payload, indent=2, default=str)}")
+        text = json.dumps(agent.payload_of(call), indent=2, default=str)
+        print(f"POST {config.gateway}/api/v1/machine/{call} {text}")
+
+
+# ---- 14 Entry
+def run_agent(config: Config) -> int:
+    """Keeps this machine; the exit code."""
+    notify_systemd("WATCHDOG=1")    # from now on systemd ends a driver's library that hangs
+    alarm = Alarm()
+    stop = StopFlag(alarm)
+    alarm.install()
+    stop.install()
+    if config.dev:
+        config.gateway_host, config.gateway_port, config.tls = "127.0.0.1", start_stand_in(), False
+        state = State(config.machine_id or os.urandom(4).hex())
+    else:
+        state = open_state(config)
+    return Agent(config, state, GatewayClient(config, alarm)).run(stop)
+
+
+def format_version() -> str:
+    """The version, and the first digits of this file's SHA-256 as `sha256sum` prints it."""
+    try:
+        with open(__file__, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()[:12]
+    except OSError:
+        digest = "from no file"
+    return f"beta9-agent {VERSION} ({digest})"
+
+
+def run_action(argv: list[str], redactor: Redactor) -> int:
+    """Does what the settings ask for; the exit code."""
+    settings = read_settings(argv, os.environ)
+    if "help" in settings or "version" in settings:
+        print(build_command_line().format_help() if "help" in settings else format_version())
+        return 0
+    config = build_config(settings, redactor)
+    for problem in config.problems:
+        LOG.error("%s", problem)
+    if config.problems:
+        return 2
+    if config.debug:
+        LOG.setLevel(logging.DEBUG)
+    if not config.dry_run:
+        return run_agent(config)
+    show_dry_run(config)
     return 0
 
 
-def run(config: Config) -> int:
-    stop, folder = Stop(), find_state_dir(config)
-    kept = config.machine_id or not config.dev and read_machine_id(folder)
-    machine_id = kept or os.urandom(4).hex()
-    config.lock_path = "" if config.dev else f"{folder}/{machine_id}.lock"
-    if config.dry_run:
-        return dry_run(config, machine_id)
-    if config.dev:
-        config.gateway_host, config.gateway_port, config.tls = "127.0.0.1", start_stand_in(), False
-    else:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            config.lock = take_lock(config.lock_path)
-            if not kept:
-                write_machine_id(folder, machine_id)
-        except OSError as error:
-            LOG.warning("no machine id and lock in %r, %s: give --state-dir", folder, error.strerror)
-    return Agent(config, machine_id).run(stop)
-
-
-# ---- 13 Entry
-class Lines(logging.Handler):
-    """Standard error may be full, closed or stuck."""
-
-    def emit(self, record: Any) -> None:
-        text = "\n".join(visible(Secret.scrub(visible(line, 4000)), 4000)
-                         for line in self.format(record).split("\n"))
-        notify("STATUS=" + text.split("\n")[0])
-        before = f"{logging.Formatter().formatTime(record)} {record.levelname} "
-        with contextlib.suppress(OSError):
-            if os.environ.get("JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2)):
-                before = f"<{' 7643'[record.levelno // 10]}>"
-            if select.select([], [2], [], 0)[1]:
-                os.write(2, f"{before}{text}\n".encode(errors="backslashreplace"))
-
-
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    while os.open(os.devnull, os.O_RDWR) < 3:  # a closed one
+    """Runs the program; the exit code."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # without a traceback
+    while os.open(os.devnull, os.O_RDWR) < 3:   # a closed one would be the next file that is opened
         pass
-    LOG.handlers = [Lines()]
+    os.environ.pop("SSLKEYLOGFILE", None)       # ssl would write its keys there
+    redactor = Redactor()
+    LOG.handlers = [LogLines(redactor)]
     LOG.setLevel(logging.INFO)
+    code = 1
     try:
-        settings = read_settings(argv, os.environ)
-        if settings["version"][0] == "True":
-            print(f"beta9-agent {VERSION} ({hashlib.sha256(read_file(__file__).encode()).hexdigest()[:12]})")
-            return 0
-        config = build_config(settings)
-        if config.debug:
-            LOG.setLevel(logging.DEBUG)
-        return run(config)
+        code = run_action(argv, redactor)
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
-        LOG.error("%s is missing: `apt-get install python3-requests python3-psutil python3-yaml`, or `pip"
-                  " install requests psutil nvidia-ml-py pyyaml`, or `uv run beta9_agent.py`", error.name)
+        LOG.error("the Python package %s is missing: %s, then start again", error.name,
+                  how_to_install("requests", "psutil", "nvidia-ml-py", "pyyaml"))
     except AgentError as error:
-        LOG.error(error)
-        return error.code
+        LOG.error("%s", error)
+        code = error.exit_code
+    except BrokenPipeError:     # whoever read the answer has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        LOG.error("%s", error)
     except Exception as error:
-        LOG.error("unexpected %s: report it with --debug", type(error).__name__)
+        LOG.error("unexpected %s: report it with what --debug prints", type(error).__name__)
         LOG.debug("where", exc_info=True)
-    return 1
+    return code
 
 
 if __name__ == "__main__":
