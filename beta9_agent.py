@@ -15,7 +15,8 @@ the desk, what a person calls by hand. A function calls only what stands above i
 Connects to  the gateway you name, or the proxy that the environment names for it: POST
              /api/v1/machine/register and /api/v1/machine/keepalive; your DNS, for its name
 Listens      nowhere (--dev: on 127.0.0.1)
-Reads        the files you name, /etc/machine-id, the hardware through psutil and NVML
+Reads        the files you name, its state folder, /etc/machine-id, the hardware through psutil
+             and NVML
 Writes       its state folder, log lines to standard error and systemd, answers to standard output
 Starts       no other program
 Exits        0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway out of reach,
@@ -51,11 +52,13 @@ VERSION = "0.2.0"
 REGISTER, KEEPALIVE = "register", "keepalive"
 FILE_LIMIT = 64 * 1024          # bytes: of a token, of settings, of a state file
 ANSWER_LIMIT = 64 * 1024        # bytes
+CONFIG_LIMIT = 4 * 1024 * 1024  # bytes, with the gateway's configuration: 117 kB were seen
 REQUEST_DEADLINE = 10.0         # seconds, for a whole request from the name look-up on
 HOST_DEADLINE = 5.0             # seconds, for driver and disk together
 STOP_DEADLINE = 1.0             # seconds that a stop leaves to a request in flight
 LEAVE_DEADLINE = 1.8            # seconds from the stop to the end of the last request
 DENIED_PATIENCE = 60.0          # seconds: a 401 can be trouble of the gateway's database
+WORKER_PATIENCE = 600.0         # seconds: idle workers end after 300
 QUIET = 600.0                   # seconds between lines about the same thing
 TICK = 0.5                      # seconds between two looks at the stop flag
 LOG = logging.getLogger("beta9-agent")
@@ -124,6 +127,7 @@ class Outcome(NamedTuple):
     remedy: str = ""
     ttl: float | None = None        # seconds
     retry_after: float = 0.0        # seconds, 0 for none
+    placement: str = ""             # why no work will come, as far as a registration's answer tells
 
 
 class Lease(NamedTuple):
@@ -135,7 +139,7 @@ class Lease(NamedTuple):
     kept: bool = False                      # by a keepalive since the registration
     confirmed_at: float | None = None
     failing_since: float | None = None
-    denied_since: float | None = None
+    denied_since: float | None = None       # by 401, 403 or a name that is public for now
     reregistered_at: float = -math.inf
 
 
@@ -164,6 +168,21 @@ class Offer(NamedTuple):
     cpu: int | None
     memory: int | None
     gpu_count: int | None
+
+
+class OfferPlan(NamedTuple):
+    """What is offered, and what a lower `gpu_count` has to wait for.
+
+    Lowering it below what workers hold, with CPU on offer, makes a counter of the gateway wrap
+    around, which then starts workers without end and cordons the whole pool (measured).
+    """
+
+    offer: Offer
+    found: Offer                            # what two samples agreed on
+    sample: Offer                           # the last one
+    promised: int = 0                       # GPUs of the last offer with CPU: workers may hold them
+    held_until: float | None = None         # no CPU is offered before
+    reason: str = ""                        # why not all is offered, with the remedy
 
 
 def format_host(host: str) -> str:
@@ -232,14 +251,14 @@ def parse_retry_after(headers: Mapping[str, str]) -> float:
 
 
 def describe_body(body: bytes) -> str:
-    """An answer for the log. Of nested values, such as the secrets in `config`, the keys alone."""
+    """An answer for the log, without what is nested in it, such as `config` with its secrets."""
     fields = as_mapping(parse_json(body))
     if not fields:
         hidden = b"config" in body
         return "not shown" if hidden else printable(body.decode(errors="replace"), 1000)
     for key, value in fields.items():
         if key == "config" or (isinstance(value, (dict, list)) and key != "machine_state"):
-            fields[key] = sorted(as_mapping(value))
+            fields[key] = "not shown"
     return printable(json.dumps(fields), 1000)
 
 
@@ -287,6 +306,25 @@ def explain_answer(call: str, status: int, headers: Mapping[str, str], body: byt
                    retry_after=parse_retry_after(headers) if status in (429, 503) else 0.0)
 
 
+def explain_placement(fields: Mapping[str, Any], config: Config) -> str:
+    """Why no work will come, with the remedy, by the configuration that a registration's answer
+    holds; "" where that says nothing against it.
+    """
+    if fields.get("config", fields) is None:
+        return ("the gateway cannot place workers anywhere: set tailscale.directRedisHost in its"
+                " configuration, or let it log in to a tailnet")
+    pools = as_mapping(as_mapping(as_mapping(fields.get("config")).get("worker")).get("pools"))
+    pool = as_mapping(pools.get(config.pool_name))
+    mode, provider = pool.get("mode", "external"), pool.get("provider") or config.provider_name
+    if mode != "external":
+        return (f"pool {config.pool_name} is of mode {printable(mode, 60)}, so the gateway never"
+                " looks at this machine: give a pool of mode external")
+    if provider != config.provider_name:
+        return (f"pool {config.pool_name} is of provider {printable(provider, 60)}, so the gateway"
+                f" never looks at this machine: give --provider-name {printable(provider, 60)}")
+    return ""
+
+
 def classify(call: str, status: int, headers: Mapping[str, str], body: bytes, machine_id: str,
              config: Config) -> Outcome:
     """What the gateway's answer to a register or keepalive means. Source: gateway-api."""
@@ -300,8 +338,7 @@ def classify(call: str, status: int, headers: Mapping[str, str], body: bytes, ma
         return explain_answer(call, status, headers, body, config)
     ttl: Any = state.get("ttl_seconds")
     sane = type(ttl) in (int, float) and 1 <= ttl <= 86400
-    return Outcome(Kind.OK, printable(", ".join(as_mapping(fields.get("config")))),
-                   ttl=ttl if sane else None)
+    return Outcome(Kind.OK, ttl=ttl if sane else None, placement=explain_placement(fields, config))
 
 
 Draw = Callable[[float, float], float]      # a random number between two others
@@ -328,8 +365,10 @@ def interval_of(lease: Lease, config: Config) -> float:
     return min(float(config.keepalive_interval), lease.ttl / 3)
 
 
-def deadline_of(lease: Lease, config: Config) -> float:
-    """Seconds that a call may take."""
+def deadline_of(call: str, lease: Lease, config: Config) -> float:
+    """Seconds that a call may take. The gateway can need 5 for any registration."""
+    if call == REGISTER:
+        return REQUEST_DEADLINE
     return max(2.0, min(REQUEST_DEADLINE, interval_of(lease, config)))
 
 
@@ -396,39 +435,80 @@ def offer_of(metrics: Metrics, gpus: list[Gpu] | None, config: Config) -> Offer:
                  capped(gpu_count, config.max_gpus))
 
 
+def plan_offer(plan: OfferPlan, sample: Offer, k3s_fault: str, now: float) -> OfferPlan:
+    """What to offer after a sample of the machine; what is unknown in it stays as it was.
+
+    Another capacity counts once two samples agree. With `k3s_fault` no worker can run: without CPU
+    on offer the gateway does not try, which it else does once a second, for ever (measured).
+    """
+    sample = Offer(*(old if new is None else new for new, old in zip(sample, plan.sample)))
+    found = sample if sample == plan.sample else plan.found
+    cpu, memory, gpus = (value or 0 for value in found)
+    held_until, promised, reason = plan.held_until, plan.promised, ""
+    if held_until is not None and now >= held_until:    # idle workers have ended
+        promised = gpus
+    if gpus >= promised:
+        held_until = None
+    elif held_until is None:        # lost while workers may run
+        reason = (f"{promised - gpus} of {promised} GPUs are lost, but stay registered, as the"
+                  " gateway cannot take them back from workers: look at `nvidia-smi`, then"
+                  " `beta9 machine drain` this machine and restart the agent")
+        gpus = promised
+    elif gpus < (plan.offer.gpu_count or 0):    # one more is lost: workers get the time anew
+        held_until = now + WORKER_PATIENCE
+    if held_until is not None:
+        reason = (f"{gpus} GPUs are offered where {promised} were before the start: no work is"
+                  f" taken for {WORKER_PATIENCE / 60:.0f} minutes, in which idle workers end")
+        cpu = 0
+    if k3s_fault:
+        cpu, reason = 0, k3s_fault
+    return OfferPlan(Offer(cpu, memory, gpus), found, sample, gpus if cpu > 0 else promised,
+                     held_until, reason)
+
+
+def first_offer(sample: Offer, promised: int, k3s_fault: str, now: float) -> OfferPlan:
+    """What to offer at the start, where `promised` GPUs were when this machine took work last."""
+    found = Offer(*(value or 0 for value in sample))
+    fewer = (found.gpu_count or 0) < promised
+    plan = OfferPlan(found, found, found, promised, now + WORKER_PATIENCE if fewer else None)
+    return plan_offer(plan, found, k3s_fault, now)
+
+
 class LineBudget:
-    """Which of many lines about one thing are written: the 1st, 2nd, 4th, 8th, then one in `quiet`
-    seconds; anew after as many seconds without any.
+    """Which of many lines about one thing are written: the first `free`, the 1st, 2nd, 4th, 8th,
+    then one in `quiet` seconds; anew after as many seconds without any.
     """
 
-    def __init__(self, quiet: float = QUIET) -> None:
-        self.quiet, self.last = quiet, -math.inf
+    def __init__(self, quiet: float = QUIET, free: int = 1) -> None:
+        self.quiet, self.free = quiet, free
+        self.count, self.next_count = 0, 1
+        self.last = self.next_time = -math.inf
 
     def allows(self, now: float) -> bool:
         """Whether a line that comes up at `now` is written."""
         if now - self.last > self.quiet:
-            self.count, self.next_count, self.next_time = 0, 1, now
+            self.count, self.next_count = 0, 1
         self.last, self.count = now, self.count + 1
-        if self.count < self.next_count and now < self.next_time:
+        if self.free < self.count < self.next_count and now < self.next_time:
             return False
         if self.count >= self.next_count:
             self.next_count *= 2
-        self.next_time = max(self.next_time, now) + self.quiet
+        self.next_time = now + self.quiet
         return True
+
+    def rest(self) -> None:
+        """After a line that goes beyond the budget: the next one comes later."""
+        self.next_time += 2 * self.quiet
 
 
 class Trouble:
-    """The present outage, and which lines about failures and recoveries are written."""
+    """The failures of the present outage, and which lines are written about it and its end."""
 
     def __init__(self) -> None:
-        self.budget = LineBudget()
-        self.since: float | None = None
-        self.told = False
+        self.budget, self.count, self.told = LineBudget(), 0, False
 
     def failed(self, now: float) -> bool:
         """Counts a failure; whether a line is written about it."""
-        if self.since is None:
-            self.since, self.count = now, 0
         self.count += 1
         allowed = self.budget.allows(now)
         self.told = self.told or allowed
@@ -436,9 +516,9 @@ class Trouble:
 
     def recovered(self) -> bool:
         """Ends the outage; whether a line is written about it, as one was about a failure."""
-        told, self.told, self.since = self.told, False, None
+        told, self.told, self.count = self.told, False, 0
         if told:
-            self.budget.next_time += 2 * QUIET
+            self.budget.rest()
         return told
 
 
@@ -493,27 +573,32 @@ class Redactor:
         return {form[at:at + self.WINDOW] for form in forms
                 for at in range(len(form) - self.WINDOW + 1)}
 
-    def redact(self, text: str) -> str:
-        """The text without tokens; where an encoding hid one, that is undone first."""
-        found = [at for at in range(len(text) - self.WINDOW + 1)
-                 if any(text[at:at + self.WINDOW] in pieces for pieces in self.pieces.values())]
+    def mask(self, text: str) -> str:
+        """The text without the tokens that can be read in it."""
         shown, end = "", 0
-        for at in found:
-            if at > end or not shown:
-                shown += text[end:at] + "[redacted]"
-            end = at + self.WINDOW
-        shown += text[end:]
-        plain = shown
-        if "%" in shown:
-            import urllib.parse
-            plain = urllib.parse.unquote(shown)
-        if "&" in plain:
-            import html
-            plain = html.unescape(plain)
-        if plain == shown:
-            return shown
-        masked = self.redact(plain)
-        return shown if masked == plain else masked
+        for at in range(len(text) - self.WINDOW + 1):
+            window = text[at:at + self.WINDOW]
+            if any(window in pieces for pieces in self.pieces.values()):
+                if at > end or not shown:
+                    shown += text[end:at] + "[redacted]"
+                end = at + self.WINDOW
+        return shown + text[end:]
+
+    def redact(self, text: str) -> str:
+        """The text without tokens; where URL or HTML encoding hid one, that is undone."""
+        import urllib.parse
+        result = plain = self.mask(text)
+        for _ in range(4):      # as often as somebody may have encoded it
+            decoded = urllib.parse.unquote(plain)
+            if "&" in decoded:
+                import html
+                decoded = html.unescape(decoded)
+            if decoded == plain:
+                break
+            plain = self.mask(decoded)
+            if plain != decoded:
+                result = plain
+        return result
 
 
 # ---- 5 Configuration
@@ -576,7 +661,7 @@ def parse_ca_file(path: str) -> str:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except (OSError, ValueError):
-        raise ValueError("is no file with root certificates: give one in PEM format") from None
+        raise ValueError("is not a file of root certificates: give one in PEM format") from None
     return path
 
 
@@ -647,6 +732,8 @@ OPTIONS = [
         parse_memory, 1), "offer no more memory, such as 48Gi or 49152Mi"),
     Option("this machine", "max_gpus", "COUNT", checked(
         "[0-9]{1,5}", "is not a number of GPUs: give one such as 4", int), "offer no more GPUs"),
+    Option("this machine", "offer_always", "", parse_switch,
+           "offer all of it, even while no worker can run in its k3s", "no"),
     Option("this machine", "state_dir", "DIR", parse_name,
            "folder for machine id and lock; /var/lib/beta9-agent for root"),
     Option("behaviour", "keepalive_interval", "SECONDS", checked(
@@ -755,7 +842,7 @@ def read_file(path: str) -> str:
     except OSError as error:
         raise AgentError(f"{error.strerror}: check the path and its permissions") from None
     except ValueError:
-        raise AgentError("it is no text, or over 64 KiB: is it the right file?") from None
+        raise AgentError("it is not text, or over 64 KiB: is it the right file?") from None
 
 
 def parse_tree(text: str) -> dict[str, Any]:
@@ -787,7 +874,7 @@ def read_config_file(path: str) -> dict[str, str]:
     except (ValueError, TypeError, RecursionError) as error:
         lines = re.findall("line [0-9]+", str(error))
         place = f" at {lines[-1]}" if lines else ""
-        raise AgentError(f"{where} is no YAML or JSON mapping{place}: correct it") from None
+        raise AgentError(f"{where} is not a YAML or JSON mapping{place}: correct it") from None
     known = [option.file_key for option in OPTIONS if option.file_key]
     for key, value in tree.items():
         if key not in known:
@@ -817,7 +904,7 @@ def read_settings(argv: list[str], environ: Any) -> dict[str, Setting]:
         sources = ((option.default, "default"), (file.get(option.file_key), printable(path)),
                    (variables.get(option.variable), option.variable),
                    (getattr(given, option.name), option.flag))
-        for rank, (text, source) in enumerate(sources):
+        for rank, (text, source) in enumerate(sources):     # a later one wins
             if text or (text is not None and source == option.flag):    # elsewhere "" is unset
                 settings[option.name] = Setting(str(text), source, rank)
     unused = [flag for flag in UNUSED_FLAGS if getattr(given, flag[2:].replace("-", "_"))]
@@ -840,7 +927,7 @@ def choose_token_sources(settings: dict[str, Setting]) -> list[str]:
         if token.rank == file.rank:
             problems.append(f"{name} and {name}_file are both given, from {token.source} and"
                             f" {file.source}: give one of them")
-        if token.rank >= file.rank:
+        if token.rank >= file.rank:     # of equals both go: it is not known which one is meant
             del settings[f"{name}_file"]
         if token.rank <= file.rank:
             del settings[name]
@@ -942,8 +1029,8 @@ class BackgroundQuery:
         self.was_late = False
 
     def start(self, question: Callable[[], Any]) -> None:
-        """Asks, unless the question before is still open."""
-        if not self.done.is_set():
+        """Asks, unless the question before is open, or nobody has taken its answer."""
+        if self.answers or not self.done.is_set():
             return
         done = threading.Event()
 
@@ -954,7 +1041,6 @@ class BackgroundQuery:
                 self.answers = [error]
             done.set()
 
-        self.answers = []
         threading.Thread(target=run, daemon=True).start()
         self.done = done
 
@@ -963,8 +1049,7 @@ class BackgroundQuery:
         """The answer, or the late one to the question before. Raises what the question raised, and
         TimeoutError after `seconds` or once `given_up` says so.
         """
-        if not self.answers:
-            self.start(question)
+        self.start(question)
         end = read_clock() + seconds
         while not self.done.wait(max(0.0, min(0.05, end - read_clock()))):
             if given_up() or read_clock() >= end:
@@ -987,33 +1072,40 @@ def load_nvml() -> Any:
     return pynvml
 
 
-def list_gpus() -> list[Gpu] | None:
-    """The cards; None where there is a driver that cannot say.
+def list_gpus() -> list[Gpu]:
+    """The cards. Raises NVML's error where there is a driver that cannot say.
 
     NVML is closed each time, so that the driver can be upgraded meanwhile.
     """
-    def read_gpu(index: int) -> Gpu:
-        try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            name = printable(nvml.nvmlDeviceGetName(handle), 60)
-            return Gpu(name, not nvml.nvmlDeviceGetComputeRunningProcesses(handle))
-        except nvml.NVMLError:
-            return Gpu(None, False)
-
     try:
         nvml = load_nvml()
     except ImportError:
         nvml = None
     if nvml is None:
         return []
+
+    def read_gpu(index: int) -> Gpu:
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            name = printable(nvml.nvmlDeviceGetName(handle), 60)
+        except nvml.NVMLError:
+            return Gpu(None, False)
+        try:
+            return Gpu(name, not nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        except nvml.NVMLError as error:     # some cards and users may not ask
+            lost = error.value == nvml.NVML_ERROR_GPU_IS_LOST
+            return Gpu(None if lost else name, False)
+
     try:
         nvml.nvmlInit()
-        try:
-            return [read_gpu(index) for index in range(nvml.nvmlDeviceGetCount())]
-        finally:
-            nvml.nvmlShutdown()
     except nvml.NVMLError as error:
-        return [] if error.value == nvml.NVML_ERROR_DRIVER_NOT_LOADED else None
+        if error.value == nvml.NVML_ERROR_DRIVER_NOT_LOADED:
+            return []
+        raise
+    try:
+        return [read_gpu(index) for index in range(nvml.nvmlDeviceGetCount())]
+    finally:
+        nvml.nvmlShutdown()
 
 
 def find_private_ip() -> str:
@@ -1074,6 +1166,8 @@ class Host:
         cores = self.ask("the number of CPUs", psutil.cpu_count)
         load = self.ask("the CPU's load", psutil.cpu_percent)
         memory = self.ask("the memory", psutil.virtual_memory)
+        with contextlib.suppress(RuntimeError):     # both at once, for one deadline
+            self.driver.start(list_gpus)
         disk = self.ask_aside(self.disk, "the disk", lambda: psutil.disk_usage("/"), self.deadline)
         gpus = self.ask_aside(self.driver, "the NVIDIA driver", list_gpus, end - read_clock())
         return Metrics(
@@ -1222,6 +1316,8 @@ def build_adapter(client: "HttpClient") -> Any:
     """
     import requests.adapters
     import urllib3
+    if not hasattr(urllib3.connection.HTTPConnection, "_new_conn"):     # no address would be judged
+        raise AgentError("this version of urllib3 is not known here: install urllib3 2", 1)
 
     class Http(GuardedConnection, urllib3.connection.HTTPConnection):
         pass
@@ -1345,9 +1441,9 @@ def find_proxy(config: Config) -> str:
         parsed = urllib3.util.parse_url(proxy)
         if parsed.host and parsed.scheme in ("http", "https"):
             return proxy
-    raise AgentError(f"the proxy that the environment names for {config.gateway} is none for HTTP,"
-                     " the only kind that this program can use: correct http_proxy, https_proxy or"
-                     " all_proxy, or have no_proxy name the gateway")
+    raise AgentError(f"the proxy that the environment names for {config.gateway} is not an HTTP"
+                     " proxy, the only kind that this program can use: correct http_proxy,"
+                     " https_proxy or all_proxy, or name the gateway in no_proxy")
 
 
 def split_proxy(proxy: str) -> tuple[str, int]:
@@ -1447,25 +1543,28 @@ class GatewayClient:
         LOG.debug("> POST %s%s %s", self.http.url, path, printable(text, 1000))
         start = read_clock()
         try:
-            answer = self.http.exchange("POST", path, headers, text, seconds, ANSWER_LIMIT)
+            answer = self.http.exchange("POST", path, headers, text, seconds,
+                                        CONFIG_LIMIT if call == REGISTER else ANSWER_LIMIT)
         except Exception as error:  # of any kind: a stranger's bytes went through the libraries
             LOG.debug("< no answer", exc_info=True)
             return self.outcome_of_failure(error)
-        LOG.debug("< %d in %.1f ms %s %s", answer.status, (read_clock() - start) * 1000,
-                  printable(answer.headers, 1000), describe_body(answer.body))
+        if LOG.isEnabledFor(logging.DEBUG):
+            LOG.debug("< %d in %.1f ms %s %s", answer.status, (read_clock() - start) * 1000,
+                      printable(answer.headers, 1000), describe_body(answer.body))
         return classify(call, answer.status, answer.headers, answer.body, payload["machine_id"],
                         self.config)
 
 
 # ---- 8 State on disk
 def find_state_dir(config: Config) -> str:
-    """The folder for machine id and lock. Raises AgentError where there is none to be told."""
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    """The folder for machine id and lock. Raises AgentError where none is known."""
+    home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     home = "/var/lib" if os.geteuid() == 0 else home
     folder = config.state_dir or os.environ.get("STATE_DIRECTORY") or f"{home}/beta9-agent"
+    folder = os.path.expanduser(folder)
     if folder.startswith("~"):
         raise AgentError("this user has no home folder to keep the machine id in: give --state-dir")
-    return str(folder)
+    return folder
 
 
 def write_atomically(path: str, text: str) -> None:
@@ -1480,7 +1579,7 @@ def write_atomically(path: str, text: str) -> None:
 
 
 def read_fingerprint() -> str:
-    """Tells this machine from one with a copy of its disk."""
+    """Tells machines with a copy of one disk apart, where /etc/machine-id does."""
     try:
         return hashlib.sha256(b"beta9-agent" + read_file("/etc/machine-id").encode()).hexdigest()
     except AgentError:
@@ -1547,9 +1646,10 @@ def lock_machine(path: str) -> Any:
 
 
 class State(NamedTuple):
-    """The machine id, and the lock on it where there is one."""
+    """The machine id, where this machine's files are, and its lock; "" and None for nowhere."""
 
     machine_id: str
+    path: str = ""          # of its files, without their endings
     lock: Any = None
 
 
@@ -1560,11 +1660,32 @@ def open_state(config: Config) -> State:
     try:
         os.makedirs(folder, exist_ok=True)
         machine_id = machine_id or make_machine_id(folder)
-        return State(machine_id, lock_machine(f"{folder}/{machine_id}.lock"))
+        path = f"{folder}/{machine_id}"
+        return State(machine_id, path, lock_machine(f"{path}.lock"))
     except OSError as error:
         LOG.warning("%s cannot keep the machine id and its lock, %s: this machine goes on without;"
                     " give --state-dir", folder, error.strerror)
         return State(machine_id or os.urandom(4).hex())
+
+
+def read_promise(state: State) -> int:
+    """How many GPUs were registered when this machine last took work; 0 where nobody knows."""
+    with contextlib.suppress(AgentError):
+        if state.path:
+            kept = as_mapping(parse_json(read_file(f"{state.path}.offer").encode()))
+            count = kept.get("gpu_count")
+            return count if isinstance(count, int) else 0
+    return 0
+
+
+def write_promise(state: State, offer: Offer) -> None:
+    """Keeps an offer with CPU for the next start."""
+    try:
+        if state.path:
+            write_atomically(f"{state.path}.offer", json.dumps(offer._asdict()) + "\n")
+    except OSError as error:
+        LOG.warning("%s.offer cannot be written, %s: a start with fewer GPUs will not be noticed;"
+                    " make room there", state.path, error.strerror)
 
 
 # ---- 10 Loop
@@ -1650,14 +1771,24 @@ class Agent:
         self.lease, self.ready = Lease(self.started_at), False
         self.trouble, self.token_lines, self.ttl_lines = (
             Trouble(), LineBudget(), LineBudget(6 * QUIET))
-        self.offer = self.previous_offer = Offer(0, 0, 0)
-        self.offer = self.previous_offer = self.sample()
-
-    def sample(self) -> Offer:
-        """Looks at the machine; what is unknown stays as it was offered."""
+        self.registration_lines = LineBudget(2 * QUIET, free=10)
+        self.cause = ""         # of the next registration
+        self.placement = ""     # why no work comes, as it was told last
+        self.kept_offer: Offer | None = None
         self.metrics, self.gpus = self.host.sample()
-        found = offer_of(self.metrics, self.gpus, self.config)
-        return Offer(*(old if new is None else new for new, old in zip(found, self.offer)))
+        sample = offer_of(self.metrics, self.gpus, config)
+        self.plan = first_offer(sample, read_promise(state), self.k3s_fault(), self.started_at)
+
+    def k3s_fault(self) -> str:
+        """Why no worker can run in this machine's k3s, with the remedy; "" for nothing known."""
+        if self.config.k3s_token or self.config.offer_always or self.config.dev:
+            return ""
+        return ("the k3s token is missing, so no worker can run here and no CPU is offered: give"
+                " --k3s-token-file")
+
+    def register_again(self, cause: str) -> None:
+        """Has the next attempt register."""
+        self.cause, self.lease = cause, self.lease._replace(registered=False)
 
     def announce(self) -> None:
         """Says what begins, and warns of what will not work."""
@@ -1666,15 +1797,18 @@ class Agent:
         cards = "".join(f", {gpu.name or 'a lost GPU'}" for gpu in self.gpus or ())
         LOG.info("beta9-agent %s: machine %s, pool %s, gateway %s%s, offers %s%s", VERSION,
                  self.state.machine_id, config.pool_name, config.gateway, through,
-                 format_offer(self.offer), cards)
-        if not (config.hostname and config.k3s_token):
-            LOG.warning("no worker can run here: give --hostname and --k3s-token-file")
-        for name, offered, unit in (("max_cpu", self.offer.cpu, 1000), ("max_gpus",
-                                    self.offer.gpu_count, 1), ("max_memory", self.offer.memory, 1)):
+                 format_offer(self.plan.offer), cards)
+        if self.plan.reason:
+            LOG.warning("%s", self.plan.reason)
+        if not (config.hostname or config.dev):
+            LOG.warning("the gateway will look for this machine's k3s at machine-%s: give"
+                        " --hostname, if that is not its name", self.state.machine_id)
+        for name, found, unit in zip(("max_cpu", "max_memory", "max_gpus"), self.plan.found,
+                                     (1000, 1, 1)):
             cap = getattr(config, name)
-            if cap is not None and offered is not None and cap > offered:
+            if cap is not None and cap > (found or 0):
                 LOG.warning("%s is %g, but there is only %g, all of which is offered: lower it",
-                            name, cap / unit, offered / unit)
+                            name, cap / unit, (found or 0) / unit)
         for name in SECRETS:
             source = config.sources.get(name, "")
             with contextlib.suppress(OSError):
@@ -1693,33 +1827,36 @@ class Agent:
         for name, path in self.config.token_files.items():
             try:
                 if not os.path.isfile(path):
-                    raise AgentError("it is gone")
+                    raise AgentError("the file is gone: put it back")
                 token = parse_token(read_file(path).rstrip("\r\n"))
             except (AgentError, ValueError) as error:
                 if self.token_lines.allows(read_clock()):
-                    LOG.warning("the token in %s %s; the last good one is used meanwhile",
+                    LOG.warning("no token in %s, so the last good one is used: %s",
                                 printable(path), error)
                 continue
             if token != getattr(self.config, name):
                 self.config.redactor.remember(name, token)
                 setattr(self.config, name, token)
                 if name == "k3s_token":
-                    self.lease = self.lease._replace(registered=False)
+                    self.register_again("the k3s token is another")
 
     def look_at_host(self) -> None:
-        """Takes a sample. Another capacity, once two samples agree on it, is registered."""
-        offer = self.sample()
-        if offer == self.previous_offer and offer != self.offer:
-            LOG.warning("this machine had %s, and has %s: registering that; see `nvidia-smi`",
-                        format_offer(self.offer), format_offer(offer))
-            self.offer, self.lease = offer, self.lease._replace(registered=False)
-        self.previous_offer = offer
+        """Takes a sample; another offer is registered."""
+        before = self.plan
+        self.metrics, self.gpus = self.host.sample()
+        sample = offer_of(self.metrics, self.gpus, self.config)
+        self.plan = plan_offer(before, sample, self.k3s_fault(), read_clock())
+        if self.plan.reason not in ("", before.reason):
+            LOG.error("%s", self.plan.reason)
+        if self.plan.offer != before.offer:
+            self.register_again(f"the offer was {format_offer(before.offer)} and is"
+                                f" {format_offer(self.plan.offer)}")
 
     def payload_of(self, call: str) -> dict[str, Any]:
         """What is sent."""
         if call == KEEPALIVE:
             return keepalive_payload(self.config, self.state.machine_id, self.metrics)
-        return register_payload(self.config, self.state.machine_id, self.offer,
+        return register_payload(self.config, self.state.machine_id, self.plan.offer,
                                 self.config.private_ip or find_private_ip())
 
     def attempt(self, stop: StopFlag) -> Outcome:
@@ -1729,12 +1866,17 @@ class Agent:
             self.look_at_host()
         before = self.lease
         call = next_call(before, read_clock())
-        outcome = self.client.send(call, self.payload_of(call), deadline_of(before, self.config))
+        if call == REGISTER:
+            self.prepare_registration()
+        outcome = self.client.send(call, self.payload_of(call),
+                                   deadline_of(call, before, self.config))
         now = read_clock()
         self.lease = lease_after(before, call, outcome, now, self.config, random.uniform)
         if outcome.kind is Kind.OK:
             self.report_success(call, outcome, before, now)
             return outcome
+        if outcome.kind is Kind.FORGOTTEN:
+            self.cause = f"the gateway did not know this machine any more ({outcome.text})"
         waited = now - self.started_at
         code = exit_code_after(outcome, self.lease, waited, now, self.config)
         if code is not None and not self.ready and not stop.is_set():
@@ -1743,10 +1885,21 @@ class Agent:
         self.report_failure(call, outcome, now)
         return outcome
 
+    def prepare_registration(self) -> None:
+        """Keeps the offer before any worker can get it, and finds out why this registration is."""
+        offer = self.plan.offer
+        if (offer.cpu or 0) > 0 and offer != self.kept_offer:
+            write_promise(self.state, offer)
+            self.kept_offer = offer
+        if self.lease.registered:
+            self.cause = f"no keepalive was confirmed for its TTL of {self.lease.ttl:g} s"
+
     def report_failure(self, call: str, outcome: Outcome, now: float) -> None:
         """Writes a line about a failure, unless there were many."""
+        if outcome.kind is Kind.FORGOTTEN and self.ready:
+            return      # the registration that follows at once says so
         if self.trouble.failed(now):
-            count, since = self.trouble.count, self.trouble.since or now
+            count, since = self.trouble.count, self.lease.failing_since or now
             times = f" {count} times in {now - since:.1f} s" if count > 1 else ""
             say = LOG.warning if outcome.kind in (Kind.TROUBLE, Kind.FORGOTTEN) else LOG.error
             say("%s failed%s: %s; trying again in %.1f s. %s", call, times, outcome.text,
@@ -1760,18 +1913,24 @@ class Agent:
             LOG.info("the gateway forgets after %g s: a keepalive every %g s", self.lease.ttl,
                      interval)
         if call == REGISTER:
-            LOG.info("registered, config keys: %s", outcome.text or "none")
+            if not self.cause or self.registration_lines.allows(now):
+                LOG.info("registered%s", f" again: {self.cause}" if self.cause else "")
+                self.told_at = now
+            if outcome.placement not in ("", self.placement) and not self.config.dev:
+                LOG.warning("no work will come: %s", outcome.placement)
+            self.placement = outcome.placement
             return
         if self.state.lock is not None:
             with contextlib.suppress(OSError):
                 os.utime(self.state.lock.name)
+        told = self.trouble.recovered()
         if not self.ready:
             LOG.info("ready after %.2f s", now - self.started_at)
             notify_systemd("READY=1")
-        elif before.failing_since is not None and self.trouble.recovered():
+        elif told and before.failing_since is not None:
             LOG.info("ready again after %.1f s", now - before.failing_since)
         elif now - self.told_at > QUIET:
-            LOG.info("ready, offers %s", format_offer(self.offer))
+            LOG.info("ready, offers %s", format_offer(self.plan.offer))
         else:
             return
         self.ready, self.told_at = True, now
@@ -1803,38 +1962,129 @@ class Agent:
             stop.wait_until(self.next_wake())
         notify_systemd("STOPPING=1")
         LOG.info("stopping")
-        if self.ready and confirmed:
+        if self.ready and confirmed:    # else the gateway is away, and a stop must not wait for it
             self.leave(stop)
         return 0
 
 
 # ---- 11 Stand-in gateway
-def start_stand_in() -> int:
-    """Starts the gateway of --dev, which trusts its client; its port on loopback."""
+class StandIn:
+    """The gateway of --dev: the machine API as the real one answers it. Source: gateway-api."""
+
+    TTL = 300.0     # seconds
+    STRINGS = ("token", "machine_id", "provider_name", "pool_name", "hostname", "private_ip", "cpu",
+               "memory", "gpu_count")
+    FORMATS = (("cpu", "[0-9]+m?", "Invalid machine cpu value"),
+               ("memory", "[0-9]+([KMG]i)?", "Invalid machine memory value"),
+               ("gpu_count", "[0-9]+", "Invalid gpu count"))
+
+    def __init__(self, token: str, pool_name: str) -> None:
+        self.token, self.pool_name = token, pool_name
+        self.machines: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def answer(self, method: str, path: str, headers: Any, body: bytes) -> tuple[int, Any]:
+        """Status and JSON of the answer."""
+        route = path.partition("?")[0].removeprefix("/api/v1")
+        routes = {"/health": "GET", "/machine/list": "GET", "/machine/config": "GET",
+                  "/machine/register": "POST", "/machine/keepalive": "POST"}
+        if route not in routes:
+            return 404, {"message": "Not Found"}
+        if routes[route] != method:
+            return 405, {"message": "Method Not Allowed"}
+        if route == "/health":
+            return 200, {"status": "ok"}
+        given = headers.get("Authorization")
+        if given is None:
+            return 500, {"message": "Internal Server Error"}    # a panic
+        if given != f"Bearer {self.token}":
+            return 401, {"message": "Unauthorized"}
+        if method == "GET":
+            return 200, self.list_ready() if route == "/machine/list" else self.configuration()
+        said = parse_json(body)
+        if not isinstance(said, dict) or headers.get("Content-Type") != "application/json":
+            return 400, {"message": "Invalid payload"}
+        return self.register(said) if route.endswith(REGISTER) else self.keep_alive(said)
+
+    def configuration(self) -> dict[str, Any]:
+        """As much of it as the agent looks at."""
+        return {"config": {"worker": {"pools": {self.pool_name: {"mode": "external"}}}}}
+
+    def list_ready(self) -> list[Any]:
+        """The machines that are ready."""
+        return [{"state": machine["state"], "metrics": machine["metrics"]}
+                for machine in self.machines.values() if machine["state"]["status"] == "ready"]
+
+    def register(self, said: dict[str, Any]) -> tuple[int, Any]:
+        """POST /machine/register."""
+        fields = {name: said.get(name, "") for name in self.STRINGS}
+        if not all(isinstance(value, str) for value in fields.values()):
+            return 400, {"message": "Invalid payload"}
+        if fields["pool_name"] != self.pool_name:
+            return 500, {"message": "Invalid pool name"}
+        for name, pattern, message in self.FORMATS:
+            if not re.fullmatch(pattern, fields[name]):
+                return 500, {"message": message}
+        state = {"machine_id": fields["machine_id"], "status": "registered",
+                 "pool_name": self.pool_name, "ttl_seconds": self.TTL}
+        key = (fields["provider_name"], self.pool_name, fields["machine_id"])
+        self.machines[key] = {"state": state, "metrics": {}, "until": read_clock() + self.TTL}
+        LOG.info("gateway: %s registered, %s CPU, %s memory, %s GPUs", printable(key[2]),
+                 fields["cpu"], fields["memory"], fields["gpu_count"])
+        return 200, {**self.configuration(), "machine_state": state}
+
+    def keep_alive(self, said: dict[str, Any]) -> tuple[int, Any]:
+        """POST /machine/keepalive."""
+        metrics = said.pop("metrics", None)
+        sane = all(isinstance(value, str) for value in said.values())
+        sane = sane and (metrics is None or isinstance(metrics, dict))
+        for name, value in as_mapping(metrics).items():
+            kinds = (int, float) if name.endswith("_pct") else (int,)
+            sane = sane and type(value) in kinds and abs(value) < 2 ** 63
+        if not sane:
+            return 400, {"message": "Invalid payload"}
+        pool_name, machine_id = said.get("pool_name"), said.get("machine_id")
+        if not pool_name or not machine_id:
+            return 400, {"message": "machine_id and pool_name are required"}
+        provider = said.get("provider_name") or "generic"
+        machine = self.machines.get((provider, pool_name, machine_id))
+        if machine is None or machine["until"] <= read_clock():
+            key = f"provider:machine:{provider}:{pool_name}:{machine_id}"
+            return 500, {"message": "Failed to update keepalive: failed to get machine state"
+                         f" <{key}>: machine not found"}
+        if machine["state"]["status"] != "ready":
+            LOG.info("gateway: %s ready", printable(machine_id))
+        machine["state"] = {**machine["state"], "status": "ready"}
+        if metrics is None:
+            return 500, {"message": "Internal Server Error"}    # a panic, before the TTL is renewed
+        machine["metrics"], machine["until"] = metrics, read_clock() + self.TTL
+        return 200, {"status": "ok", "machine_state": {
+            **machine["state"], "last_keepalive": f"{time.time():.0f}",
+            "agent_version": said.get("agent_version", "")}}
+
+
+def start_stand_in(stand_in: StandIn) -> int:
+    """Has it listen on loopback; the port."""
     import http.server
-    offers: dict[str, str] = {}     # until ready
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1       # headers and body in one packet
 
-        def do_POST(self) -> None:
-            said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            state = {"machine_id": said["machine_id"], "pool_name": said["pool_name"],
-                     "ttl_seconds": 300}
-            answer: dict[str, Any]
-            if self.path.endswith(REGISTER):
-                offers[said["machine_id"]] = f"{said['cpu']} CPU, {said['memory']} memory"
-                answer = {"config": None, "machine_state": {**state, "status": "registered"}}
-            else:
-                offer = offers.pop(said["machine_id"], None)
-                if offer is not None:
-                    LOG.info("gateway: %s registered → ready, %s", said["machine_id"], offer)
-                answer = {"status": "ok", "machine_state": {**state, "status": "ready"}}
+        def answer(self) -> None:
+            size = self.headers.get("Content-Length", "0")
+            body = self.rfile.read(min(int(size), ANSWER_LIMIT) if size.isdigit() else 0)
+            status, answer = stand_in.answer(self.command, self.path, self.headers, body)
             text = json.dumps(answer).encode()
-            self.send_response_only(200)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
+
+        do_GET = do_POST = do_PUT = do_DELETE = answer
+
+        def log_message(self, format: str, *args: Any) -> None:
+            LOG.debug("gateway: %s", printable(format % args))
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -1872,7 +2122,8 @@ def run_agent(config: Config) -> int:
     alarm.install()
     stop.install()
     if config.dev:
-        config.gateway_host, config.gateway_port, config.tls = "127.0.0.1", start_stand_in(), False
+        port = start_stand_in(StandIn(config.token.reveal(), config.pool_name))
+        config.gateway_host, config.gateway_port, config.tls = "127.0.0.1", port, False
         state = State(config.machine_id or os.urandom(4).hex())
     else:
         state = open_state(config)
