@@ -24,9 +24,11 @@ Exits        0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway o
 """
 # ---- 1 What this program does, sends, writes and runs
 import argparse
+import collections
 import contextlib
 import enum
 import fcntl
+import functools
 import hashlib
 import ipaddress
 import json
@@ -60,7 +62,9 @@ LEAVE_DEADLINE = 1.8            # seconds from the stop to the end of the last r
 DENIED_PATIENCE = 60.0          # seconds: a 401 can be trouble of the gateway's database
 WORKER_PATIENCE = 600.0         # seconds: idle workers end after 300
 QUIET = 600.0                   # seconds between lines about the same thing
+CHECK_DEADLINE = 14.0           # seconds, for all of --check
 TICK = 0.5                      # seconds between two looks at the stop flag
+STATUS_FORMAT = 1               # of the status record
 LOG = logging.getLogger("beta9-agent")
 
 
@@ -218,6 +222,12 @@ def parse_json(body: bytes) -> Any:
 def as_mapping(value: object) -> dict[str, Any]:
     """The value where it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
+
+
+def number_in(mapping: Mapping[str, Any], name: str) -> float | None:
+    """A number of a JSON object; None for anything else."""
+    value: Any = mapping.get(name)
+    return value if type(value) in (int, float) and abs(value) < 2 ** 63 else None
 
 
 # Loopback, RFC 1918, shared addresses (Tailscale's), link-local, and the same in IPv6.
@@ -435,6 +445,25 @@ def offer_of(metrics: Metrics, gpus: list[Gpu] | None, config: Config) -> Offer:
                  capped(gpu_count, config.max_gpus))
 
 
+QUANTITIES = {"m": 1.0, "": 1000.0, "Mi": 1.0, "Gi": 1024.0}    # in millicores, and in MiB
+
+
+def parse_quantity(text: object) -> float:
+    """Millicores of "8000m" or "8", MiB of "16Gi" or "512Mi"; 0 for anything else."""
+    found = re.fullmatch("([0-9]{1,15})(m|Mi|Gi|)", str(text))
+    return float(found[1]) * QUANTITIES[found[2]] if found else 0.0
+
+
+def parse_expiry(token: str) -> float | None:
+    """When a JWT expires, in seconds since 1970; None for one without end, and for no JWT."""
+    import base64
+    part = f"{token}..".split(".")[1]
+    with contextlib.suppress(ValueError):
+        claims = parse_json(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+        return number_in(as_mapping(claims), "exp")
+    return None
+
+
 def plan_offer(plan: OfferPlan, sample: Offer, k3s_fault: str, now: float) -> OfferPlan:
     """What to offer after a sample of the machine; what is unknown in it stays as it was.
 
@@ -621,6 +650,8 @@ parse_name = checked(r"(?! )[^\x00-\x1f\x7f]+(?<! )",
                      "is empty, or has control characters or blanks around it: give printable text")
 parse_token = checked(r"[!#-\[\]-~]{8,}", "is not a token: give 8 or more characters, without"
                       " blanks, quotes, backslashes and line ends", Secret)
+parse_url = checked("https://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*",
+                    "is not an address: give https://host/path, without user and password")
 parse_switch = checked("(?i)1|true|yes|on|0|false|no|off",
                        "is neither yes nor no: give 1, true, yes, on, or 0, false, no, off",
                        lambda text: text.lower() in ("1", "true", "yes", "on"))
@@ -698,6 +729,20 @@ OPTIONS = [
            "show the settings and what would be sent, without the network"),
     Option("actions", "dev", "", parse_switch,
            "try it with a stand-in gateway in this process; needs no token"),
+    Option("actions", "check", "", parse_switch,
+           "find out whether this machine will work, without changing anything"),
+    Option("actions", "status", "", parse_switch, "show how the agent of this machine is doing;"
+           " exits with 0 ready, 1 not ready, 3 not running"),
+    Option("actions", "json", "", parse_switch, "with --check or --status: print JSON"),
+    Option("actions", "watch", "", parse_switch, "with --status: show it again every 2 s"),
+    Option("actions", "print_install", "", parse_switch,
+           "print a script that installs this file as a service with these settings"),
+    Option("actions", "fetch_from", "URL", parse_url, "with --print-install: fetch the file from"
+           " there instead of carrying it; its SHA-256 is checked"),
+    Option("actions", "print_file", "NAME", checked(
+        "unit|wrapper", "is not a file that the script needs: give unit or wrapper"),
+        "print a file that this script installs: unit, wrapper"),
+    Option("actions", "print_uninstall", "", parse_switch, "print a script that takes it away"),
     Option("actions", "version", "", parse_switch, "show the version and SHA-256 of this file"),
     Option("actions", "help", "", parse_switch, "show this; -h for short"),
     Option("identity", "token", "TOKEN", parse_token,
@@ -975,8 +1020,14 @@ def set_option(config: Config, option: Option, setting: Setting) -> None:
 
 
 def build_config(given: Mapping[str, Setting], redactor: Redactor) -> Config:
-    """The checked settings; `problems` has a line for each that will not do."""
-    settings = dict(given)
+    """The checked settings; `problems` has a line for each that will not do.
+
+    --status needs no token and reads no token file.
+    """
+    tokens = {f"{name}{end}" for name in SECRETS for end in ("", "_file")}
+    needs_token = not {"status", "print_install"} & set(given)
+    skipped = tokens if "status" in given else set()
+    settings = {name: setting for name, setting in given.items() if name not in skipped}
     config = Config(sources={}, token_files={}, problems=choose_token_sources(settings),
                     redactor=redactor, **{option.name: None for option in OPTIONS})
     for option in OPTIONS:
@@ -987,7 +1038,7 @@ def build_config(given: Mapping[str, Setting], redactor: Redactor) -> Config:
             config.problems.append(str(error))
     if config.dev and config.token is None:
         config.token = Secret(os.urandom(16).hex())
-    if config.token is None and not config.problems:
+    if config.token is None and needs_token and not config.problems:
         config.problems.append("the machine token is missing: give --token-file or BETA9_TOKEN. "
                                + NEW_TOKEN.format(config=config))
     return config
@@ -997,6 +1048,17 @@ def build_config(given: Mapping[str, Setting], redactor: Redactor) -> Config:
 def read_clock() -> float:
     """Seconds, of a clock that nobody sets, with suspended time (on macOS without)."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def read_process_start(pid: int) -> str:
+    """Tells a process from a later one with its pid; "" where this cannot be found out."""
+    with contextlib.suppress(OSError, IndexError):
+        with open("/proc/sys/kernel/random/boot_id") as boot, open(f"/proc/{pid}/stat") as process:
+            return boot.read().strip() + " " + process.read().rpartition(")")[2].split()[19]
+    with contextlib.suppress(Exception):    # on macOS, where psutil is there
+        import psutil
+        return str(psutil.Process(pid).create_time())
+    return ""
 
 
 def how_to_install(*packages: str) -> str:
@@ -1106,6 +1168,48 @@ def list_gpus() -> list[Gpu]:
         return [read_gpu(index) for index in range(nvml.nvmlDeviceGetCount())]
     finally:
         nvml.nvmlShutdown()
+
+
+class Card(NamedTuple):
+    """A GPU for people; `sleeps` is persistence mode off, which makes each first use slow."""
+
+    line: str
+    lost: bool
+    sleeps: bool
+
+
+def describe_gpus() -> list[Card]:
+    """Each card with what its driver tells. Raises as list_gpus, and ImportError."""
+    nvml = load_nvml()
+    if nvml is None:
+        return []
+
+    def describe(index: int) -> Card:
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            name, memory = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetMemoryInfo(handle)
+            line = f"{index}: {printable(name)}, {memory.total >> 20} MiB, driver {driver}"
+            return Card(line, lost=False, sleeps=not nvml.nvmlDeviceGetPersistenceMode(handle))
+        except nvml.NVMLError as error:
+            return Card(f"{index}: lost, {error}", lost=True, sleeps=False)
+
+    nvml.nvmlInit()
+    try:
+        driver = printable(nvml.nvmlSystemGetDriverVersion())
+        return [describe(index) for index in range(nvml.nvmlDeviceGetCount())]
+    finally:
+        nvml.nvmlShutdown()
+
+
+def is_listening(port: int) -> bool:
+    """Whether some process has taken a TCP port of this machine."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("", port))
+            return False
+        except OSError:
+            return True
 
 
 def find_private_ip() -> str:
@@ -1533,18 +1637,20 @@ class GatewayClient:
             remedy = f"The environment names this proxy (no_proxy leaves it out). {remedy}"
         return Outcome(Kind.TROUBLE, text, remedy)
 
-    def send(self, call: str, payload: dict[str, Any], seconds: float) -> Outcome:
-        """Sends a register or keepalive, within `seconds`."""
-        path = f"/api/v1/machine/{call}"
-        text = json.dumps(payload, separators=(",", ":"), default=Secret.reveal)
+    def ask(self, method: str, path: str, body: str | None, seconds: float, limit: int) -> Answer:
+        """A request to the machine API with the token. Raises as `HttpClient.exchange`."""
         # Without Content-Type the gateway says 400.
         headers = {"Authorization": f"Bearer {self.config.token.reveal()}",
                    "Content-Type": "application/json", "Accept-Encoding": "identity"}
-        LOG.debug("> POST %s%s %s", self.http.url, path, printable(text, 1000))
-        start = read_clock()
+        return self.http.exchange(method, f"/api/v1{path}", headers, body, seconds, limit)
+
+    def send(self, call: str, payload: dict[str, Any], seconds: float) -> Outcome:
+        """Sends a register or keepalive, within `seconds`."""
+        text = json.dumps(payload, separators=(",", ":"), default=Secret.reveal)
+        LOG.debug("> POST %s/api/v1/machine/%s %s", self.http.url, call, printable(text, 1000))
+        start, limit = read_clock(), CONFIG_LIMIT if call == REGISTER else ANSWER_LIMIT
         try:
-            answer = self.http.exchange("POST", path, headers, text, seconds,
-                                        CONFIG_LIMIT if call == REGISTER else ANSWER_LIMIT)
+            answer = self.ask("POST", f"/machine/{call}", text, seconds, limit)
         except Exception as error:  # of any kind: a stranger's bytes went through the libraries
             LOG.debug("< no answer", exc_info=True)
             return self.outcome_of_failure(error)
@@ -1553,6 +1659,21 @@ class GatewayClient:
                       printable(answer.headers, 1000), describe_body(answer.body))
         return classify(call, answer.status, answer.headers, answer.body, payload["machine_id"],
                         self.config)
+
+
+def probe_tcp(host: str, port: int, seconds: float) -> None:
+    """Connects, sends nothing, closes. Raises OSError."""
+    socket.create_connection((host, port), seconds).close()
+
+
+def probe_tls(host: str, port: int, seconds: float) -> bytes:
+    """The certificate that a TLS server shows, which is not verified. Raises OSError."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection((host, port), seconds) as plain:
+        with context.wrap_socket(plain, server_hostname=host) as tls:
+            return tls.getpeercert(binary_form=True) or b""
 
 
 # ---- 8 State on disk
@@ -1567,14 +1688,15 @@ def find_state_dir(config: Config) -> str:
     return folder
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Replaces a file by one that its owner alone can read, or leaves it as it was."""
+def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
+    """Replaces a file by one with this mode, whatever the umask, or leaves it as it was."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with open(os.open(f"{path}.new", flags, 0o600), "w") as file:
-        os.fchmod(file.fileno(), 0o600)
+    with open(os.open(f"{path}.new", flags, mode), "w") as file:
+        os.fchmod(file.fileno(), mode)
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if mode == 0o600:       # what the next start needs: it survives a power cut
+            os.fsync(file.fileno())
     os.replace(f"{path}.new", path)
 
 
@@ -1626,7 +1748,7 @@ def make_machine_id(folder: str) -> str:
 
 
 def lock_machine(path: str) -> Any:
-    """The lock file with our pid, held until we end; its time is the last confirmed keepalive.
+    """The lock file with our pid, held until we end.
 
     Raises AgentError where another process holds it, and OSError.
     """
@@ -1641,7 +1763,6 @@ def lock_machine(path: str) -> Any:
                     path, error.strerror)
     file.truncate(0)
     file.write(b"%d\n" % os.getpid())
-    os.utime(path, (0, 0))
     return file
 
 
@@ -1653,10 +1774,23 @@ class State(NamedTuple):
     lock: Any = None
 
 
+def format_user(uid: int) -> str:
+    """The user's name."""
+    import pwd
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
+
+
 def open_state(config: Config) -> State:
     """The machine id and its lock. Where the disk cannot keep them, a warning."""
     folder = find_state_dir(config)
     machine_id = config.machine_id or read_machine_id(folder)
+    owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
+    if os.geteuid() == 0 and owner != 0:    # root's files there would shut that user out
+        raise AgentError(f"{folder} belongs to user {format_user(owner)}: start this with"
+                         f" `runuser -u {format_user(owner)} --`, or give another --state-dir")
     try:
         os.makedirs(folder, exist_ok=True)
         machine_id = machine_id or make_machine_id(folder)
@@ -1778,6 +1912,14 @@ class Agent:
         self.metrics, self.gpus = self.host.sample()
         sample = offer_of(self.metrics, self.gpus, config)
         self.plan = first_offer(sample, read_promise(state), self.k3s_fault(), self.started_at)
+        # For --status.
+        self.process_start = read_process_start(os.getpid())
+        self.counts = {"kept_alive": 0, "failed": 0, "registered": 0}
+        self.history: collections.deque[Any] = collections.deque(maxlen=60)
+        self.ready_since: float | None = None
+        self.kept_at: float | None = None
+        self.failure = ""
+        self.status_lines = LineBudget(6 * QUIET)
 
     def k3s_fault(self) -> str:
         """Why no worker can run in this machine's k3s, with the remedy; "" for nothing known."""
@@ -1789,6 +1931,34 @@ class Agent:
     def register_again(self, cause: str) -> None:
         """Has the next attempt register."""
         self.cause, self.lease = cause, self.lease._replace(registered=False)
+
+    def write_status(self, state: str) -> None:
+        """Writes the record that --status shows, where the disk has room for it."""
+        config, lease, now = self.config, self.lease, read_clock()
+        ends = None if lease.confirmed_at is None else lease.confirmed_at + lease.ttl
+        redact = config.redactor.redact
+        record = {
+            "format": STATUS_FORMAT, "agent_version": VERSION, "state": state,
+            "machine_id": self.state.machine_id, "pool_name": config.pool_name,
+            "provider_name": config.provider_name, "gateway": config.gateway,
+            "proxy": self.client.peer if self.client.proxy else "", "pid": os.getpid(),
+            "process_start": self.process_start, "wall_clock": time.time(),
+            "clock": now, "started_at": self.started_at, "ready_since": self.ready_since,
+            "failing_since": lease.failing_since, "failure": redact(self.failure),
+            "last_keepalive_at": self.kept_at,
+            "next_attempt_at": lease.due, "lease_ends_at": ends, **self.counts,
+            "offer": self.plan.offer._asdict(),
+            "warning": redact(self.plan.reason or self.placement),
+            "metrics": self.metrics._asdict(), "gpus": [gpu._asdict() for gpu in self.gpus or ()],
+            "history": list(self.history)}
+        try:
+            if self.state.path:
+                text = json.dumps(record, indent=1)
+                write_atomically(f"{self.state.path}.status.json", text + "\n", 0o644)
+        except OSError as error:
+            if self.status_lines.allows(now):
+                LOG.warning("%s.status.json cannot be written, %s: --status shows an old state;"
+                            " make room there", self.state.path, error.strerror)
 
     def announce(self) -> None:
         """Says what begins, and warns of what will not work."""
@@ -1814,8 +1984,8 @@ class Agent:
             with contextlib.suppress(OSError):
                 if source.startswith("--"):
                     LOG.warning("%s shows in `ps`: use %s-file", source, source)
-                elif os.path.isfile(source) and os.stat(source).st_mode & 0o077:
-                    LOG.warning("other users can read the token: `chmod 600 %s`", source)
+                elif os.path.isfile(source) and os.stat(source).st_mode & 0o027:
+                    LOG.warning("other users can read the token: `chmod o= %s`", source)
         try:
             load_nvml()
         except ImportError:
@@ -1868,9 +2038,10 @@ class Agent:
         call = next_call(before, read_clock())
         if call == REGISTER:
             self.prepare_registration()
-        outcome = self.client.send(call, self.payload_of(call),
-                                   deadline_of(call, before, self.config))
+        payload, start = self.payload_of(call), read_clock()
+        outcome = self.client.send(call, payload, deadline_of(call, before, self.config))
         now = read_clock()
+        self.count(call, outcome, start, now)
         self.lease = lease_after(before, call, outcome, now, self.config, random.uniform)
         if outcome.kind is Kind.OK:
             self.report_success(call, outcome, before, now)
@@ -1884,6 +2055,20 @@ class Agent:
                              f" {outcome.remedy}", code)
         self.report_failure(call, outcome, now)
         return outcome
+
+    def count(self, call: str, outcome: Outcome, start: float, now: float) -> None:
+        """Notes a call for --status."""
+        if outcome.kind is not Kind.OK:
+            self.counts["failed"] += 1
+            self.failure = printable(f"{call} failed: {outcome.text}. {outcome.remedy}", 500)
+            return
+        self.counts["registered" if call == REGISTER else "kept_alive"] += 1
+        if call == KEEPALIVE:
+            self.failure = ""
+            self.kept_at = now
+            self.history.append({"ms": round((now - start) * 1000, 1),
+                                 "cpu": self.metrics.cpu_utilization_pct,
+                                 "memory": self.metrics.memory_utilization_pct})
 
     def prepare_registration(self) -> None:
         """Keeps the offer before any worker can get it, and finds out why this registration is."""
@@ -1920,10 +2105,9 @@ class Agent:
                 LOG.warning("no work will come: %s", outcome.placement)
             self.placement = outcome.placement
             return
-        if self.state.lock is not None:
-            with contextlib.suppress(OSError):
-                os.utime(self.state.lock.name)
         told = self.trouble.recovered()
+        if before.failing_since is not None or self.ready_since is None:
+            self.ready_since = now
         if not self.ready:
             LOG.info("ready after %.2f s", now - self.started_at)
             notify_systemd("READY=1")
@@ -1954,17 +2138,22 @@ class Agent:
     def run(self, stop: StopFlag) -> int:
         """Lives until the flag is set; the exit code."""
         self.announce()
+        self.write_status("starting")
         confirmed = False
-        while not stop.is_set():
-            confirmed = self.attempt(stop).kind is Kind.OK
-            if self.ready and self.config.once:
-                return 0
-            stop.wait_until(self.next_wake())
-        notify_systemd("STOPPING=1")
-        LOG.info("stopping")
-        if self.ready and confirmed:    # else the gateway is away, and a stop must not wait for it
-            self.leave(stop)
-        return 0
+        try:
+            while not stop.is_set():
+                confirmed = self.attempt(stop).kind is Kind.OK
+                self.write_status("running")
+                if self.ready and self.config.once:
+                    return 0
+                stop.wait_until(self.next_wake())
+            notify_systemd("STOPPING=1")
+            LOG.info("stopping")
+            if self.ready and confirmed:    # else the gateway is away: a stop must not wait for it
+                self.leave(stop)
+            return 0
+        finally:
+            self.write_status("stopped")
 
 
 # ---- 11 Stand-in gateway
@@ -2092,6 +2281,473 @@ def start_stand_in(stand_in: StandIn) -> int:
 
 
 # ---- 12 Check and status
+def is_utf8() -> bool:
+    """Whether whoever reads the answer can show all signs."""
+    return "utf" in (sys.stdout.encoding or "").lower()
+
+
+def format_seconds(seconds: float | None) -> str:
+    """A duration for people."""
+    if seconds is None:
+        return "?"
+    if seconds < 100:
+        return f"{max(seconds, 0):.0f} s"
+    minutes = int(seconds // 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 2880 else f"{minutes // 1440} days"
+
+
+class Status:
+    """A status record. It may be cut off, damaged or of another version, so all is optional."""
+
+    def __init__(self, record: object, now: float) -> None:
+        self.record, self.now = as_mapping(record), now
+
+    def text(self, name: str) -> str:
+        """A value in it, for people."""
+        return printable(self.record.get(name, "?"), 500)
+
+    def ago(self, name: str) -> float | None:
+        """Seconds since a moment in it, negative for one to come."""
+        moment = number_in(self.record, name)
+        return None if moment is None else self.now - moment
+
+    def is_running(self) -> bool:
+        """Whether the process that wrote it is still there."""
+        pid, start = number_in(self.record, "pid"), self.record.get("process_start")
+        if pid is None or not 0 < pid < 2 ** 31 or self.record.get("state") == "stopped":
+            return False
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:     # another user's
+            pass
+        found = read_process_start(int(pid))
+        return found == start or not found or not start
+
+    def judge(self) -> tuple[int, str]:
+        """The exit code, and the state in words."""
+        reason = f": {self.text('failure')}" if self.record.get("failure") else ""
+        overdue, failing = self.ago("next_attempt_at"), self.ago("failing_since")
+        since, ended = self.ago("ready_since"), self.ago("lease_ends_at")
+        if not self.record:
+            return 3, "not running, as far as is known: there is no record that can be read"
+        if not self.is_running():
+            return 3, f"not running{reason}"
+        if overdue is not None and overdue > 30:
+            return 1, f"stuck: its next attempt is overdue since {format_seconds(overdue)}"
+        if ended is not None and ended > 0:
+            return 1, f"its lease ran out {format_seconds(ended)} ago{reason}"
+        if failing is not None or since is None:
+            return 1, f"not ready since {format_seconds(failing)}{reason}" if reason else "starting"
+        if not number_in(as_mapping(self.record.get("offer")), "cpu"):
+            return 1, f"ready, takes no work: {self.text('warning')}"
+        return 0, f"ready since {format_seconds(since)}"
+
+
+def read_status(config: Config) -> Status:
+    """The record of the machine id, else the newest one in the state folder."""
+    folder, record = find_state_dir(config), None
+    with contextlib.suppress(AgentError, OSError, ValueError):
+        names = [f"{config.machine_id}.status.json"] if config.machine_id else [
+            name for name in os.listdir(folder) if name.endswith(".status.json")]
+        newest = max(names, key=lambda name: os.stat(f"{folder}/{name}").st_mtime)
+        record = parse_json(read_file(f"{folder}/{newest}").encode())
+    return Status(record, read_clock())
+
+
+def draw_bar(name: str, share: float, text: str, signs: str) -> str:
+    """A line with a bar for a share from 0 to 1."""
+    full = round(min(max(share, 0.0), 1.0) * 30)
+    return f"{name:<11}{signs[-1] * full}{signs[1] * (30 - full)} {text}"
+
+
+def draw_sparkline(name: str, values: list[float], highest: float, text: str, signs: str) -> str:
+    """A line with a sign for each value from 0 to the highest."""
+    steps = [round(min(max(value / highest, 0.0), 1.0) * (len(signs) - 1)) for value in values]
+    return f"{name:<11}{''.join(signs[step] for step in steps):<60} {text}"
+
+
+def draw_use(status: Status, signs: str) -> list[str]:
+    """The machine's use: bars of now, and sparklines of the last 60 keepalives."""
+    metrics = as_mapping(status.record.get("metrics"))
+    cpu, memory, size, free = (number_in(metrics, name) or 0.0 for name in (
+        "cpu_utilization_pct", "memory_utilization_pct", "total_disk_space_bytes",
+        "total_disk_free_bytes"))
+    gpus, history = status.record.get("gpus"), status.record.get("history")
+    cards = [as_mapping(card) for card in gpus] if isinstance(gpus, list) else []
+    busy = sum(not card.get("free") for card in cards)
+    entries = [as_mapping(entry) for entry in history] if isinstance(history, list) else []
+    trips, loads, fills = ([number_in(entry, name) or 0.0 for entry in entries[-60:]]
+                           for name in ("ms", "cpu", "memory"))
+    return [
+        draw_bar("CPU", cpu / 100, f"{cpu:.0f} %", signs),
+        draw_bar("memory", memory / 100, f"{memory:.0f} %", signs),
+        draw_bar("disk", 1 - free / size if size else 0, f"{free / 2 ** 30:.0f} GiB free", signs),
+        draw_bar("GPUs", busy / max(len(cards), 1), f"{busy} of {len(cards)} in use", signs),
+        "",
+        draw_sparkline("round trip", trips, max([*trips, 1.0]), f"{sum(trips[-1:]):.0f} ms", signs),
+        draw_sparkline("CPU", loads, 100, "", signs),
+        draw_sparkline("memory", fills, 100, "", signs)]
+
+
+def draw_status(status: Status, headline: str, signs: str) -> list[str]:
+    """The status on a screen of 80 columns and 24 lines."""
+    def until(name: str) -> str:
+        ago = status.ago(name)
+        return format_seconds(None if ago is None else -ago)
+
+    import textwrap
+    text, offer = status.text, as_mapping(status.record.get("offer"))
+    warning = status.record.get("warning")
+    lines = textwrap.wrap(headline, 79)
+    if warning and text("warning") not in headline:
+        lines += textwrap.wrap(text("warning"), 79)
+    if not status.record:
+        return lines
+    through = f" through {text('proxy')}" if status.record.get("proxy") else ""
+    return [line[:79] for line in [
+        *lines[:6], "",
+        f"machine    {text('machine_id')}, pool {text('pool_name')}, provider"
+        f" {text('provider_name')}",
+        f"gateway    {text('gateway')}{through}",
+        f"agent      {text('agent_version')}, pid {text('pid')}, up"
+        f" {format_seconds(status.ago('started_at'))}",
+        f"keepalive  last {format_seconds(status.ago('last_keepalive_at'))} ago, next in"
+        f" {until('next_attempt_at')}, lease ends in {until('lease_ends_at')}",
+        f"counts     {text('kept_alive')} kept alive, {text('failed')} failed,"
+        f" {text('registered')} registered",
+        f"offers     {(number_in(offer, 'cpu') or 0) / 1000:g} CPUs, {offer.get('memory')} MiB"
+        f" memory, {offer.get('gpu_count')} GPUs",
+        "", *draw_use(status, signs)]]
+
+
+def show_status(config: Config, as_json: bool, watch: bool) -> int:
+    """Prints the status, with `watch` again and again; the exit code."""
+    flag = StopFlag(Alarm())
+    signs = " ▁▂▃▄▅▆▇█" if is_utf8() else " .:-=+*#"
+    screen = watch and not as_json and sys.stdout.isatty()
+    if watch:
+        flag.install()
+    print("\x1b[?1049h\x1b[?25l" if screen else "", end="")     # another screen, no cursor
+    try:
+        while True:
+            status = read_status(config)
+            code, headline = status.judge()
+            if as_json:
+                print(json.dumps({**status.record, "exit_code": code, "summary": headline,
+                                  "now": status.now}))
+            else:
+                clear = "\x1b[H\x1b[J" if screen else ""
+                print(clear + "\n".join(draw_status(status, headline, signs)))
+            sys.stdout.flush()
+            if not watch:
+                return code
+            flag.wait_until(read_clock() + 2)
+            if flag.is_set():
+                return code
+    finally:
+        print("\x1b[?25h\x1b[?1049l" if screen else "", end="")
+
+
+class Finding(NamedTuple):
+    """What a check found: `ok`, `warn` or `fail`, and words for people."""
+
+    mark: str
+    text: str
+
+
+def good(text: str) -> Finding:
+    """Nothing to do."""
+    return Finding("ok", text)
+
+
+def warn(text: str) -> Finding:
+    """It works, or will later; with the remedy."""
+    return Finding("warn", text)
+
+
+def fail(text: str) -> Finding:
+    """No work can run before this is mended; with the remedy."""
+    return Finding("fail", text)
+
+
+Checks = Mapping[str, Callable[[], list[Finding]]]
+
+
+def run_checks(checks: Checks, seconds: float) -> list[tuple[str, list[Finding]]]:
+    """What each found, by its name. All run at once, as most wait for a network."""
+    queries, end, results = {name: BackgroundQuery() for name in checks}, read_clock() + seconds, []
+    for name, query in queries.items():
+        query.start(checks[name])
+    for name, query in queries.items():
+        try:
+            found = query.ask(checks[name], max(end - read_clock(), 0.0))
+        except TimeoutError:
+            found = [fail(f"no end within {seconds:.0f} s: the lines above may say what hangs")]
+        except AgentError as error:
+            found = [fail(str(error))]
+        except ModuleNotFoundError as error:
+            found = [fail(f"not checked, as {error.name} is missing: see settings above")]
+        except Exception as error:
+            found = [fail(f"cannot be checked, {printable(repr(error))}")]
+        results.append((name, found))
+    return results
+
+
+def check_settings(config: Config) -> list[Finding]:
+    """Python, its packages, all settings at once, and the proxy."""
+    import importlib.util
+    found = [good(f"Python {sys.version.split()[0]}, {sys.executable}")]
+    for module, package in (("requests", "requests"), ("psutil", "psutil"), ("yaml", "pyyaml")):
+        if not importlib.util.find_spec(module):
+            finding = warn if package == "pyyaml" else fail
+            found.append(finding(f"{package} is not installed: {how_to_install(package)}"))
+    found += [fail(problem) for problem in config.problems]
+    if not config.problems and importlib.util.find_spec("requests"):
+        proxy = find_proxy(config)
+        found.append(good(f"connects to {format_peer(config, proxy)}"))
+    return found
+
+
+def ask_for_check(config: Config, method: str, path: str, body: str | None = None) -> Answer:
+    """The gateway's answer. Raises AgentError with what is wrong and the remedy."""
+    client = GatewayClient(config, None)
+    try:
+        return client.ask(method, path, body, CHECK_DEADLINE / 2, CONFIG_LIMIT)
+    except Exception as error:
+        outcome = client.outcome_of_failure(error)
+        raise AgentError(f"{outcome.text}. {outcome.remedy}") from None
+
+
+def explain_check(config: Config, what: str, answer: Answer) -> list[Finding]:
+    """What is wrong with an answer, and the remedy."""
+    outcome = explain_answer(what, answer.status, answer.headers, answer.body, config)
+    return [fail(f"{outcome.text}. {outcome.remedy}")]
+
+
+def check_gateway(config: Config) -> list[Finding]:
+    """Its name, TCP, TLS, GET /health, and the two clocks."""
+    import email.utils
+    start = read_clock()
+    answer = ask_for_check(config, "GET", "/health")
+    took = (read_clock() - start) * 1000
+    if answer.status != 200 or as_mapping(parse_json(answer.body)).get("status") != "ok":
+        return explain_check(config, "health", answer)
+    found = [good(f"{config.gateway} answers in {took:.0f} ms")]
+    with contextlib.suppress(TypeError, ValueError):
+        sent = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
+        apart = abs(sent.timestamp() - time.time())
+        if apart > 30:
+            found.append(warn(f"its clock and this one are {format_seconds(apart)} apart:"
+                              " `timedatectl set-ntp true`"))
+    return found
+
+
+def check_token(config: Config, machine_id: str | None, is_ours: bool) -> list[Finding]:
+    """The machine token, by the list of ready machines, of which nothing is shown."""
+    import urllib.parse
+    query = urllib.parse.urlencode({"pool_name": config.pool_name,
+                                    "provider_name": config.provider_name})
+    answer = ask_for_check(config, "GET", f"/machine/list?{query}")
+    machines = parse_json(answer.body)
+    if answer.status != 200 or not isinstance(machines, list):
+        return explain_check(config, "list", answer)
+    ids = [as_mapping(as_mapping(machine).get("state")).get("machine_id") for machine in machines]
+    if machine_id in ids and not is_ours:
+        return [fail(f"machine {machine_id} is ready already, kept by an agent elsewhere: stop that"
+                     " one, or give another --machine-id")]
+    return [good(f"the gateway accepts it; {len(ids)} machines of this pool are ready")]
+
+
+def check_keepalive(config: Config) -> list[Finding]:
+    """Whether there is a keepalive route, by a request that it refuses."""
+    answer = ask_for_check(config, "POST", "/machine/keepalive", "{}")
+    if answer.status == 400:
+        return [good("the gateway has the route")]
+    return explain_check(config, KEEPALIVE, answer)
+
+
+def addresses_of(settings: dict[str, Any]) -> list[tuple[str, str, int]]:
+    """What workers must reach by the gateway's configuration: the setting, host and port."""
+    import urllib.parse
+
+    def setting(path: str) -> Any:
+        value: Any = settings
+        for key in path.split("."):
+            value = as_mapping(value).get(key)
+        return value
+
+    grpc, redis = "gateway_service.grpc.external_host", setting("database.redis.addrs")
+    named = [("database.redis.addrs", f"//{address}", 6379)
+             for address in (redis if isinstance(redis, list) else [redis])[:8]]
+    named += [(grpc, f"//{setting(grpc)}:{setting(grpc.replace('host', 'port'))}", 0)]
+    named += [(name, str(setting(name)), port) for name, port in (
+        ("storage.juicefs.redis_uri", 6379), ("storage.juicefs.aws_s3_bucket", 443))]
+    named += [("worker.image_registry", f"//{setting('worker.image_registry')}", 443)]
+    found = []
+    for name, url, port in named:
+        with contextlib.suppress(ValueError):
+            parsed = urllib.parse.urlsplit(url)
+            if parsed.hostname not in (None, "none"):
+                default = 80 if parsed.scheme == "http" else port
+                found.append((name, str(parsed.hostname), parsed.port or default))
+    return found
+
+
+def check_reach(setting: str, host: str, port: int) -> list[Finding]:
+    """One TCP connection to what workers need."""
+    place = printable(f"{format_host(host)}:{port}")
+    try:
+        probe_tcp(host, port, CHECK_DEADLINE / 4)
+        return [good(f"{place} can be reached ({setting})")]
+    except (OSError, UnicodeError) as error:
+        return [fail(f"{place} cannot be reached from here, {printable(error)}, so workers would"
+                     f" end: correct {setting} on the gateway, or the network")]
+
+
+def check_pool(config: Config, offer: Offer) -> list[Finding]:
+    """The pool in the gateway's configuration, and each address there that workers need."""
+    answer = ask_for_check(config, "GET", "/machine/config")
+    fields = as_mapping(parse_json(answer.body))
+    if b"Unable to create remote config" in answer.body:
+        fields = {"config": None}
+    elif answer.status != 200:
+        return explain_check(config, "config", answer)
+    settings = as_mapping(fields.get("config"))
+    pools = as_mapping(as_mapping(settings.get("worker")).get("pools"))
+    sizing = as_mapping(as_mapping(pools.get(config.pool_name)).get("pool_sizing"))
+    cpu, memory = sizing.get("default_worker_cpu"), sizing.get("default_worker_memory")
+    fault = explain_placement(fields, config)
+    if not fault and config.pool_name not in pools:
+        fault = f"the gateway has no pool {config.pool_name}: check --pool-name"
+    elif not fault and (parse_quantity(cpu) > (offer.cpu or 0)
+                        or parse_quantity(memory) > (offer.memory or 0)):
+        fault = (f"a worker of this pool needs {printable(cpu, 20)} CPU and {printable(memory, 20)}"
+                 " memory, more than is offered here: raise --max-cpu or --max-memory, or lower the"
+                 " pool's pool_sizing on the gateway")
+    reached = run_checks({str(place): functools.partial(check_reach, *place)
+                          for place in addresses_of(settings)}, CHECK_DEADLINE / 3)
+    first = fail(fault) if fault else good(f"{config.pool_name} takes machines such as this one")
+    return [first] + [finding for _, found in reached for finding in found]
+
+
+def check_k3s(config: Config) -> list[Finding]:
+    """This machine's k3s: whether it listens, its token's end, and the gateway's way to it."""
+    found = [warn(f"{flag} is missing: no worker can run here without it")
+             for flag, value in (("--k3s-token-file", config.k3s_token),
+                                 ("--hostname", config.hostname)) if value is None]
+    expiry = parse_expiry(config.k3s_token.reveal()) if config.k3s_token else None
+    left = math.inf if expiry is None else expiry - time.time()
+    remedy = "make a new one with `kubectl create token`"
+    if left <= 0:
+        found.append(fail(f"the k3s token has expired: {remedy}"))
+    elif left < 30 * 86400:
+        found.append(warn(f"the k3s token expires in {format_seconds(left)}: {remedy}"))
+    try:
+        here = probe_tls("127.0.0.1", 6443, CHECK_DEADLINE / 4)
+    except OSError as error:
+        return [*found, fail(f"k3s is not at 127.0.0.1:6443, {printable(error)}: install or start"
+                             " it, `systemctl status k3s`")]
+    found.append(good("127.0.0.1:6443 speaks TLS"))
+    if not config.hostname:
+        return found
+    place = f"{format_host(config.hostname)}:6443"
+    try:
+        same = probe_tls(config.hostname, 6443, CHECK_DEADLINE / 4) == here
+        found.append(good(f"{place} leads here") if same else warn(
+            f"{place} shows another certificate, so it may be another machine: correct --hostname"))
+    except (OSError, UnicodeError) as error:
+        found.append(warn(f"{place}, where the gateway looks for k3s, cannot be reached from here,"
+                          f" {printable(error)}: check --hostname"))
+    return found
+
+
+def check_gpus() -> list[Finding]:
+    """The cards, and what workers need to use them."""
+    try:
+        cards = describe_gpus()
+    except ImportError:
+        return [fail("a driver is here, but 0 GPUs are offered, as its Python binding is missing:"
+                     f" {how_to_install('nvidia-ml-py')}")]
+    except Exception as error:
+        return [fail(f"the driver does not answer, {printable(error)}: look at `nvidia-smi`")]
+    found = []
+    for line, lost, sleeps in cards:
+        if lost:
+            found.append(fail(f"{line}: look at `nvidia-smi` and `dmesg`"))
+        else:
+            found.append(warn(f"{line}; persistence mode is off: `nvidia-smi -pm 1`") if sleeps
+                         else good(line))
+    runtime = "/usr/bin/nvidia-container-runtime"
+    if cards and not os.path.exists(runtime):
+        found.append(warn(f"{runtime} is missing: install the NVIDIA container toolkit, then"
+                          " restart k3s"))
+    return found or [good("none")]
+
+
+def check_machine(config: Config, offer: Offer, status: Status) -> list[Finding]:
+    """What is offered, and what else workers and this program need."""
+    folder = parent = find_state_dir(config)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent) or "."
+    disk = os.statvfs("/")
+    free = disk.f_bavail * disk.f_frsize / 1000 ** 3
+    found = [good(f"{format_offer(offer)}, private IP {config.private_ip or find_private_ip()}")]
+    if not os.path.exists("/dev/fuse"):
+        found.append(fail("/dev/fuse is missing, which workers need: `modprobe fuse`"))
+    if free < 30:
+        found.append(warn(f"{free:.0f} GB are free on /, and images need 30: make room"))
+    if not os.access(parent, os.W_OK):
+        found.append(fail(f"{folder} cannot be written: give --state-dir"))
+    if is_listening(9090):
+        found.append(warn("port 9090 is taken, which a worker needs: if no worker runs, stop what"
+                          " listens there"))
+    if status.is_running():
+        found.append(good(f"an agent runs here: {status.judge()[1]}"))
+    return found
+
+
+def show_check(config: Config, as_json: bool) -> int:
+    """Prints what all checks find, which change nothing; the exit code."""
+    status = read_status(config)
+    machine_id = config.machine_id or read_machine_id(find_state_dir(config))
+    offer = Offer(None, None, None)
+    with contextlib.suppress(ModuleNotFoundError):      # said below
+        offer = offer_of(*Host().sample(), config)
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "settings": lambda: check_settings(config),
+        "gateway": lambda: check_gateway(config),
+        "token": lambda: check_token(config, machine_id, status.is_running()),
+        "keepalive": lambda: check_keepalive(config),
+        "pool": lambda: check_pool(config, offer),
+        "k3s": lambda: check_k3s(config), "GPUs": check_gpus,
+        "machine": lambda: check_machine(config, offer, status)}
+    if config.problems:
+        skipped = [fail("not checked: correct the settings above first")]
+        checks.update(dict.fromkeys(("gateway", "token", "keepalive", "pool"), lambda: skipped))
+    results = run_checks(checks, CHECK_DEADLINE)
+    findings = [{"check": name, "result": mark, "text": config.redactor.redact(text)}
+                for name, found in results for mark, text in found]
+    failed = any(finding["result"] == "fail" for finding in findings)
+    if as_json:
+        print(json.dumps({"ok": not failed, "findings": findings}))
+        return int(failed)
+    signs = {"ok": "✓", "warn": "!", "fail": "✗"} if is_utf8() else {"fail": "FAIL"}
+    colours = {"ok": 32, "warn": 33, "fail": 31}
+    plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
+    for finding in findings:
+        result = finding["result"]
+        sign = signs.get(result, result)
+        shown = f"{sign:4}" if not is_utf8() else sign
+        if not plain:
+            shown = f"\x1b[{colours[result]}m{shown}\x1b[0m"
+        print(f"{shown} {finding['check']:<9} {finding['text']}")
+    return int(failed)
+
+
 def show_dry_run(config: Config) -> None:
     """Prints the settings and what would be sent, without the network. Raises UnsafeAddress."""
     client = GatewayClient(config, None)
@@ -2113,6 +2769,342 @@ def show_dry_run(config: Config) -> None:
         print(f"POST {config.gateway}/api/v1/machine/{call} {text}")
 
 
+def format_version() -> str:
+    """The version, and the first digits of this file's SHA-256 as `sha256sum` prints it."""
+    try:
+        with open(__file__, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()[:12]
+    except OSError:
+        digest = "from no file"
+    return f"beta9-agent {VERSION} ({digest})"
+
+
+# ---- 13 Install
+UNIT = """[Unit]
+Description=beta9-agent, keeps this machine ready for its Beta9 gateway
+Wants=network-online.target nvidia-persistenced.service
+After=network-online.target nvidia-persistenced.service
+# The boot is over without the gateway.
+After=multi-user.target
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+TimeoutStartSec=infinity
+WatchdogSec=120
+Restart=always
+RestartSec=30
+RestartPreventExitStatus=2
+KillMode=mixed
+TimeoutStopSec=10
+ExecStart=/opt/beta9-agent/venv/bin/python -I /opt/beta9-agent/beta9_agent.py \
+--config /etc/beta9-agent/agent.yaml
+User=beta9-agent
+StateDirectory=beta9-agent
+UMask=0077
+RemoveIPC=yes
+PrivateMounts=yes
+LimitCORE=0
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+WRAPPER = """#!/bin/sh
+exec /opt/beta9-agent/venv/bin/python -I /opt/beta9-agent/beta9_agent.py \\
+    --config /etc/beta9-agent/agent.yaml "$@"
+"""
+FILES = {"unit": UNIT, "wrapper": WRAPPER}      # which the script has the agent itself print
+
+# Of the script, {words} in braces are replaced. All of it is one function that the last line calls:
+# a pipe that breaks off runs nothing.
+INSTALL = r"""#!/bin/sh
+# Installs {version} as a systemd service, or upgrades it. Read it, then run it as root.
+# The machine token is in here, or comes from BETA9_TOKEN_FILE (a path) or BETA9_TOKEN, or is there
+# from before; the k3s token likewise. BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here.
+# Exit codes: 0 ready, 1 a step failed (what ran before still runs), 3 installed, but not ready yet.
+beta9_install() {
+set -eu
+exec </dev/null
+umask 022
+unset token k3s_token
+token=${BETA9_TOKEN:-} k3s_token=${BETA9_K3S_TOKEN:-}
+unset BETA9_TOKEN BETA9_K3S_TOKEN
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+opt=/opt/beta9-agent etc=/etc/beta9-agent state=/var/lib/beta9-agent user=beta9-agent
+unit=/etc/systemd/system/beta9-agent.service wrapper=/usr/local/bin/beta9-agent
+program=$opt/beta9_agent.py doing='looking around'
+hostname=${BETA9_HOSTNAME:-{hostname}} machine_id=${BETA9_MACHINE_ID:-{machine_id}}
+
+step() { doing=$1; printf 'beta9-agent: %s\n' "$1"; }
+fail() { printf 'beta9-agent: %s\n' "$1" >&2; exit 1; }
+# shellcheck disable=SC2317  # it runs at the end
+clean() {
+    code=$?
+    rm -rf "$program.new" "$opt/venv.new" "$etc/agent.yaml.new" "$etc/token.new" \
+        "$etc/k3s-token.new" "$unit.new" "$wrapper.new"
+    [ -e "$opt/venv" ] || [ ! -e "$opt/venv.old" ] || mv "$opt/venv.old" "$opt/venv"
+    [ "$code" = 0 ] || [ "$code" = 3 ] || printf 'beta9-agent: failed while %s; %s\n' "$doing" \
+        'the lines above say why. Mend that and run this again' >&2
+}
+trap clean EXIT
+trap 'exit 1' HUP INT TERM
+place() { # new file, in place: the old one is kept as .old
+    [ ! -e "$1" ] || cp -p "$1" "$1.old"
+    mv -f "$1.new" "$1"
+}
+back() { # the old files, after the agent refused the new ones
+    for file in "$program" "$etc/agent.yaml" "$unit" "$wrapper"; do
+        [ ! -e "$file.old" ] || mv -f "$file.old" "$file"
+    done
+    systemctl daemon-reload
+    systemctl restart --no-block beta9-agent
+}
+find_python() {
+    for base in /usr/bin/python3 /usr/bin/python3.1[0-9] /usr/local/bin/python3; do
+        "$base" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' \
+            2>/dev/null && return
+    done
+    return 1
+}
+read_token() { IFS= read -r value <"$1" || [ -n "$value" ] || fail "$1 holds no token"; }
+
+[ "$(id -u)" = 0 ] || fail 'this must run as root: sudo sh, or ssh root@...'
+command -v systemctl >/dev/null || fail 'systemd is missing: run the agent under nohup instead'
+[ -z "${BETA9_TOKEN_FILE:-}" ] || { read_token "$BETA9_TOKEN_FILE"; token=$value; }
+[ -z "${BETA9_K3S_TOKEN_FILE:-}" ] || { read_token "$BETA9_K3S_TOKEN_FILE"; k3s_token=$value; }
+unset BETA9_TOKEN_FILE BETA9_K3S_TOKEN_FILE BETA9_HOSTNAME BETA9_MACHINE_ID
+[ -n "$token" ] || token={token}
+[ -n "$k3s_token" ] || k3s_token={k3s_token}
+[ "$token" != '{hidden}' ] || token=
+[ "$k3s_token" != '{hidden}' ] || k3s_token=
+[ -n "$token" ] || [ -s "$etc/token" ] ||
+    fail 'the machine token is missing: sudo BETA9_TOKEN_FILE=token sh install.sh'
+case $hostname$machine_id in
+*[!A-Za-z0-9._:-]*) fail 'BETA9_HOSTNAME or BETA9_MACHINE_ID holds a sign that neither may hold' ;;
+esac
+
+if ! find_python; then
+    step 'installing Python'
+    if command -v apt-get >/dev/null; then
+        apt-get -qq -o DPkg::Lock::Timeout=300 update
+        DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install \
+            python3-venv ca-certificates >/dev/null
+    elif command -v dnf >/dev/null; then
+        dnf -q -y install python3.11
+    fi
+    find_python || fail 'Python 3.10 or newer with its venv module is missing: install it'
+fi
+
+step "making user $user"
+id "$user" >/dev/null 2>&1 || useradd --system --user-group --home-dir "$state" \
+    --shell /usr/sbin/nologin "$user"
+mkdir -p "$opt" "$etc"
+chown root:root "$opt" "$etc"
+chmod 755 "$opt" "$etc"
+
+step 'unpacking the agent'
+{payload}
+[ "$(sha256sum <"$program.new" | cut -d ' ' -f 1)" = {sha256} ] ||
+    fail 'the file is not the one whose SHA-256 is in this script: print the script anew'
+chmod 644 "$program.new"
+
+packages='{packages}'
+if [ "$(cat "$opt/venv/packages" 2>/dev/null)" != "$base $packages" ]; then
+    step 'installing its Python packages'
+    rm -rf "$opt/venv.new"
+    "$base" -m venv "$opt/venv.new"
+    # shellcheck disable=SC2086  # words
+    "$opt/venv.new/bin/python" -m pip install -q --disable-pip-version-check --retries 10 $packages
+    printf '%s\n' "$base $packages" >"$opt/venv.new/packages"
+    python=$opt/venv.new/bin/python
+else
+    python=$opt/venv/bin/python
+fi
+case $("$python" -I "$program.new" --version) in
+*'({hash})') ;;
+*) fail 'the agent does not start: see the line above' ;;
+esac
+
+step 'writing settings and tokens'
+cat >"$etc/agent.yaml.new" <<'BETA9_END'
+{settings}
+BETA9_END
+[ -z "$hostname" ] || printf 'hostname: "%s"\n' "$hostname" >>"$etc/agent.yaml.new"
+[ -z "$machine_id" ] || printf 'machine_id: "%s"\n' "$machine_id" >>"$etc/agent.yaml.new"
+write_token() { # name, token
+    [ -n "$2" ] || return 0
+    ( umask 077; printf '%s\n' "$2" >"$etc/$1.new" )
+    chown "root:$user" "$etc/$1.new"
+    chmod 640 "$etc/$1.new"
+}
+write_token token "$token"
+write_token k3s-token "$k3s_token"
+[ -e "$etc/k3s-token.new" ] || [ -e "$etc/k3s-token" ] ||
+    sed -i '/^k3s_token_file:/d' "$etc/agent.yaml.new"
+set -- --dry-run --config "$etc/agent.yaml.new"
+[ ! -e "$etc/token.new" ] || set -- "$@" --token-file "$etc/token.new"
+[ ! -e "$etc/k3s-token.new" ] || set -- "$@" --k3s-token-file "$etc/k3s-token.new"
+chmod -R a+rX "$opt"
+runuser -u "$user" -- "$python" -I "$program.new" "$@" >/dev/null ||
+    fail 'the agent refuses these settings: see the line above, then print the script anew'
+"$python" -I "$program.new" --print-file unit >"$unit.new"
+"$python" -I "$program.new" --print-file wrapper >"$wrapper.new"
+chmod 755 "$wrapper.new"
+
+step 'putting it in place and starting it'
+if [ -d "$opt/venv.new" ]; then
+    rm -rf "$opt/venv.old"
+    [ ! -d "$opt/venv" ] || mv "$opt/venv" "$opt/venv.old"
+    mv "$opt/venv.new" "$opt/venv"
+fi
+for name in token k3s-token; do
+    [ ! -e "$etc/$name.new" ] || mv -f "$etc/$name.new" "$etc/$name"
+done
+for file in "$program" "$etc/agent.yaml" "$unit" "$wrapper"; do place "$file"; done
+systemctl daemon-reload
+systemctl -q enable beta9-agent
+systemctl restart --no-block beta9-agent
+case $0 in /var/lib/cloud/*) step 'started; beta9-agent --status tells more'; exit 0 ;; esac
+
+step 'waiting until it is ready, for 60 s at most'
+tries=0
+while [ $tries -lt 60 ]; do
+    sleep 1
+    tries=$((tries + 1))
+    code=0
+    shown=$("$wrapper" --status) || code=$?
+    [ "$code" != 0 ] || break
+    if [ "$(systemctl show -p ExecMainStatus --value beta9-agent)" = 2 ]; then
+        journalctl -q -n 5 -o cat -u beta9-agent
+        back
+        fail 'the agent refuses these settings, so those of before are back: see the line above'
+    fi
+done
+printf '%s\n' "$shown"
+[ "$code" = 0 ] || step 'installed but not ready, see above; it goes on trying'
+[ "$code" = 0 ] || exit 3
+exit 0
+}
+beta9_install
+"""
+
+UNINSTALL = r"""#!/bin/sh
+# Takes beta9-agent away: service, program, settings, tokens, state, user. Run it as root.
+# k3s and the workers in it stay.
+beta9_uninstall() {
+exec </dev/null
+[ "$(id -u)" = 0 ] || { echo 'beta9-agent: this must run as root: sudo sh' >&2; exit 1; }
+systemctl disable --now beta9-agent
+rm -rf /etc/systemd/system/beta9-agent.service* /usr/local/bin/beta9-agent* /opt/beta9-agent \
+    /etc/beta9-agent /var/lib/beta9-agent
+systemctl daemon-reload
+! id beta9-agent >/dev/null 2>&1 || userdel beta9-agent
+echo 'beta9-agent: gone; the gateway forgets this machine 5 minutes after its last keepalive'
+exit 0
+}
+beta9_uninstall
+"""
+
+PACKAGES = ("requests", "urllib3", "certifi", "idna", "charset-normalizer", "psutil",
+            "nvidia-ml-py", "pyyaml")
+
+
+def pin_packages() -> str:
+    """The packages in the versions that this interpreter runs with: what was tried is installed."""
+    import importlib.metadata
+    pinned = []
+    for name in PACKAGES:
+        try:
+            pinned.append(f"{name}=={importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            LOG.warning("%s is not installed here, so its version is left open: %s", name,
+                        how_to_install(name))
+            pinned.append(name)
+    return " ".join(pinned)
+
+
+def format_settings(settings: Mapping[str, Setting]) -> str:
+    """The settings that were given, as YAML without secrets: JSON's strings are YAML's."""
+    left_out = ("config", "hostname", "machine_id", "state_dir", "token", "token_file", "k3s_token",
+                "k3s_token_file")
+    lines = ['state_dir: "/var/lib/beta9-agent"', 'token_file: "/etc/beta9-agent/token"',
+             'k3s_token_file: "/etc/beta9-agent/k3s-token"']
+    for option in OPTIONS:
+        setting = settings.get(option.name)
+        given = setting is not None and setting.rank > 0
+        if setting is not None and given and option.file_key and option.name not in left_out:
+            lines.append(f"{option.file_key}: {json.dumps(setting.text)}")
+    return "\n".join(lines)
+
+
+def format_payload(program: bytes, url: str) -> str:
+    """The commands that bring the agent: from within the script, or from an address."""
+    import base64
+    import bz2
+    import shlex
+    if url:
+        code = ("import sys, urllib.request as u;"
+                " sys.stdout.buffer.write(u.urlopen(sys.argv[1], timeout=60).read(1 << 20))")
+        return f'"$base" -c {shlex.quote(code)} {shlex.quote(url)} >"$program.new"'
+    # bzip2 and base85, by Python's own modules: gzip and base64 would take user-data over its
+    # common limit of 64 KiB.
+    code = ("import base64, bz2, sys; text = sys.stdin.read().replace(chr(10), '');"
+            " sys.stdout.buffer.write(bz2.decompress(base64.b85decode(text)))")
+    packed = base64.b85encode(bz2.compress(program)).decode()
+    lines = [packed[at:at + 200] for at in range(0, len(packed), 200)]
+    return "\n".join([f'"$base" -c {shlex.quote(code)} >"$program.new" <<\'BETA9_END\'', *lines,
+                      "BETA9_END"])
+
+
+def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
+    """Prints the script that installs this very file with these settings. Needs no network."""
+    import shlex
+    hidden = "…"
+    with open(__file__, "rb") as file:
+        program = file.read()
+    digest = hashlib.sha256(program).hexdigest()
+
+    def quoted(secret: Secret | None) -> str:
+        if secret is None:
+            return "''"
+        return shlex.quote(hidden if sys.stdout.isatty() else secret.reveal())
+
+    if config.machine_id:
+        LOG.warning("--machine-id is in this script: run it on one machine only, or set"
+                    " BETA9_MACHINE_ID there")
+    if config.ca_file:
+        LOG.warning("%s must be on the machine too, at the same path", config.ca_file)
+    if sys.stdout.isatty():
+        LOG.warning("on a terminal tokens are not shown: print this into a file or a pipe")
+    elif config.token or config.k3s_token:
+        LOG.warning("what is printed holds the tokens: keep it as secret as them")
+    words = {"version": format_version(), "hostname": config.hostname or "",
+             "machine_id": config.machine_id or "", "token": quoted(config.token),
+             "k3s_token": quoted(config.k3s_token), "hidden": hidden, "sha256": digest,
+             "hash": digest[:12], "packages": pin_packages(), "settings": format_settings(settings),
+             "payload": format_payload(program, config.fetch_from or "")}
+    print(re.sub(r"\{([a-z0-9_]+)\}", lambda found: words.get(found[1], found[0]), INSTALL), end="")
+
+
 # ---- 14 Entry
 def run_agent(config: Config) -> int:
     """Keeps this machine; the exit code."""
@@ -2130,32 +3122,58 @@ def run_agent(config: Config) -> int:
     return Agent(config, state, GatewayClient(config, alarm)).run(stop)
 
 
-def format_version() -> str:
-    """The version, and the first digits of this file's SHA-256 as `sha256sum` prints it."""
-    try:
-        with open(__file__, "rb") as file:
-            digest = hashlib.sha256(file.read()).hexdigest()[:12]
-    except OSError:
-        digest = "from no file"
-    return f"beta9-agent {VERSION} ({digest})"
+# One of them, or none to keep the machine; and what goes with which.
+ACTIONS = ("dry_run", "check", "status", "print_install", "print_file", "print_uninstall",
+           "version", "help")
+MODIFIERS = {"json": ("check", "status"), "watch": ("status",), "fetch_from": ("print_install",)}
+
+
+def choose_action(settings: Mapping[str, Setting]) -> str:
+    """The action that is asked for, "" to keep the machine. Raises AgentError."""
+    given = [f"--{name.replace('_', '-')}" for name in ACTIONS if name in settings]
+    if given and ("once" in settings or "dev" in settings):
+        given.append("--once" if "once" in settings else "--dev")
+    if len(given) > 1:
+        raise AgentError(f"{' and '.join(given)} are different actions: give one of them")
+    action = given[0][2:].replace("-", "_") if given else ""
+    for name, actions in MODIFIERS.items():
+        if name in settings and action not in actions:
+            flags = " or ".join(f"--{each.replace('_', '-')}" for each in actions)
+            raise AgentError(f"--{name.replace('_', '-')} goes with {flags}: add that")
+    return action
 
 
 def run_action(argv: list[str], redactor: Redactor) -> int:
     """Does what the settings ask for; the exit code."""
     settings = read_settings(argv, os.environ)
-    if "help" in settings or "version" in settings:
-        print(build_command_line().format_help() if "help" in settings else format_version())
+    action = "help" if "help" in settings else choose_action(settings)
+    if action in ("help", "version"):
+        print(build_command_line().format_help() if action == "help" else format_version())
+        return 0
+    if action == "print_uninstall":
+        print(UNINSTALL, end="")
+        return 0
+    if action == "print_file":
+        option = next(option for option in OPTIONS if option.name == action)
+        print(FILES[parse_setting(option, settings[action])], end="")
         return 0
     config = build_config(settings, redactor)
+    if action == "check":
+        return show_check(config, bool(config.json))
     for problem in config.problems:
         LOG.error("%s", problem)
     if config.problems:
         return 2
     if config.debug:
         LOG.setLevel(logging.DEBUG)
-    if not config.dry_run:
+    if action == "status":
+        return show_status(config, bool(config.json), bool(config.watch))
+    if action == "dry_run":
+        show_dry_run(config)
+    elif action == "print_install":
+        print_install(config, settings)
+    else:
         return run_agent(config)
-    show_dry_run(config)
     return 0
 
 
@@ -2167,6 +3185,9 @@ def main(argv: list[str]) -> int:
         pass
     os.environ.pop("SSLKEYLOGFILE", None)       # ssl would write its keys there
     redactor = Redactor()
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="replace")    # type: ignore[union-attr]
     LOG.handlers = [LogLines(redactor)]
     LOG.setLevel(logging.INFO)
     code = 1

@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import contextlib
 import ctypes
+import email.utils
 import errno
 import fcntl
 import gc
@@ -22,13 +23,13 @@ import logging
 import math
 import os
 import pathlib
-import plistlib
 import pty
 import pwd
 import queue
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -37,6 +38,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import urllib.parse
@@ -178,8 +180,9 @@ def test_layout_one_clock_is_read_and_nobody_sets_it():
     """So that a wall clock set back or forth changes nothing."""
     used = {node.attr for node in ast.walk(TREE) if isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name) and node.value.id == "time"}
-    assert used == {"clock_gettime", "CLOCK_MONOTONIC", "sleep", "time"}
-    assert TEXT.count("time.time()") == 1 and "datetime.now" not in TEXT
+    assert used == {"clock_gettime", "CLOCK_MONOTONIC", "sleep", "time"} and "datetime.now" not in TEXT
+    desk = TEXT.index("# ---- 11 ")
+    assert TEXT[:desk].count("time.time()") == 1, "in the status record, for people"
 
 
 def test_law_1_functions_call_only_what_stands_above():
@@ -1166,7 +1169,7 @@ def test_format_offer_names_all_three():
 
 # ---- 5 Configuration
 OPTIONS = {option.name: option for option in b9.OPTIONS}
-FLAGS_ONLY = {"once", "dry_run", "dev", "version", "help"}
+FLAGS_ONLY = {option.name for option in b9.OPTIONS if option.group == "actions"}
 GOOD = {  # a text and its value
     "token": (MACHINE_TOKEN, MACHINE_TOKEN), "machine_id": ("ABCDEF01", "abcdef01"),
     "pool_name": ("my gpus", "my gpus"),
@@ -1274,7 +1277,9 @@ def test_trust_settings_in_a_gateway_section_are_read(tmp_path):
 @pytest.mark.parametrize("name", sorted(FLAGS_ONLY))
 def test_one_time_switches_have_no_variable(name):
     assert OPTIONS[name].variable == OPTIONS[name].file_key == "" and not getattr(config_of(), name)
-    assert getattr(config_of(OPTIONS[name].flag), name) is True
+    text = {"fetch_from": "https://x/y", "print_file": "unit"}.get(name)
+    value = getattr(config_of(OPTIONS[name].flag, *([text] if text else [])), name)
+    assert value == (text or True)
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if name != "token"])
@@ -1573,7 +1578,7 @@ static __thread int init_code, hang; static __thread char gpus[65];
 static void look(void) {
     FILE *file = fopen(getenv("NVML_STUB"), "r");
     init_code = hang = 0; gpus[0] = 0;
-    if (file) { if (fscanf(file, "%d %d %64[.bxl?]", &init_code, &hang, gpus) < 3) gpus[0] = 0; fclose(file); }
+    if (file) { if (fscanf(file, "%d %d %64[.bxls?]", &init_code, &hang, gpus) < 3) gpus[0] = 0; fclose(file); }
 }
 int nvmlInitWithFlags(unsigned flags) { do look(); while (hang && !usleep(20000)); return init_code; }
 int nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
@@ -1588,6 +1593,13 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
 }
 int nvmlDeviceGetName(void *device, char *name, unsigned size) {
     snprintf(name, size, "NVIDIA Stub %ld", (long)device - 1);
+    return 0;
+}
+int nvmlSystemGetDriverVersion(char *text, unsigned size) { strncpy(text, "550.1", size); return 0; }
+int nvmlDeviceGetMemoryInfo(void *device, unsigned long long *memory) { memory[0] = 80ULL << 30; return 0; }
+int nvmlDeviceGetPersistenceMode(void *device, unsigned *mode) {
+    look();
+    *mode = gpus[(long)device - 1] != 's';
     return 0;
 }
 int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, void *processes) {
@@ -2027,8 +2039,8 @@ class Gateway:
     A fault is called with the Link; the connection is closed after it, unless it returns True.
     """
 
-    def __init__(self, ttl=300.0, host="127.0.0.1", pool="external"):
-        self.contract, self.host, self.port = Contract(TOKEN, pool, ttl), host, 0
+    def __init__(self, ttl=300.0, host="127.0.0.1", pool="external", port=0):
+        self.contract, self.host, self.port = Contract(TOKEN, pool, ttl), host, port
         self.seen, self.connections, self.open = [], 0, set()
         self.faults, self.always = collections.defaultdict(collections.deque), None
         self.start()
@@ -3008,26 +3020,6 @@ def test_lock_left_by_a_dead_process_does_not_block(box, gateway):
 
 
 @beside
-def test_lock_time_is_that_of_the_last_confirmed_keepalive(box, gateway):
-    lock = box.folder / "state/1165a9b6.lock"
-    gateway.faults[KEEPALIVE].extend([says(500)] * 2)
-    process = box.start(gateway, "--machine-id", "1165a9b6")
-    wait(lambda: len(gateway.calls(KEEPALIVE)) == 2, process.log)
-    assert lock.stat().st_mtime == 0  # registered, not kept alive
-    for _ in range(2):
-        os.utime(lock, (1, 1))
-        gateway.ready_again()
-        wait(lambda: abs(lock.stat().st_mtime - time.time()) < 600, process.log)
-    gateway.always = says(500)
-    after = len(gateway.seen)
-    wait(lambda: len(gateway.seen) > after + 1, process.log)
-    os.utime(lock, (1, 1))
-    after = len(gateway.seen)
-    wait(lambda: len(gateway.seen) > after + 1, process.log)
-    assert lock.stat().st_mtime == 1
-
-
-@beside
 def test_lock_folder_removed_under_the_agent_stays_ready(box, gateway):
     process = box.ready(gateway)
     shutil.rmtree(box.folder / "state")
@@ -3157,7 +3149,7 @@ def test_token_file_rotated_before_the_stop_is_that_of_the_last_act(box, gateway
     assert stopped(process) == 0 and [bearer(link) for link in gateway.calls(REGISTER)] == [TOKEN, SECRET]
 
 
-@pytest.mark.parametrize("mode, warned", [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
+@pytest.mark.parametrize("mode, warned", [(0o600, False), (0o400, False), (0o640, False), (0o660, True), (0o604, True)])
 @pytest.mark.parametrize("flag", ["--token-file", "--k3s-token-file"])
 @beside
 def test_token_file_that_others_can_read_is_warned_of_with_its_chmod(box, flag, mode, warned):
@@ -3166,7 +3158,7 @@ def test_token_file_that_others_can_read_is_warned_of_with_its_chmod(box, flag, 
     path.chmod(mode)
     variables = {"BETA9_TOKEN": ""} if flag == "--token-file" else {}
     done = box.run("--dev", "--once", flag, str(path), **variables)
-    assert done.returncode == 0 and (f"`chmod 600 {path}`" in done.stderr) is warned, done.stderr
+    assert done.returncode == 0 and (f"`chmod o= {path}`" in done.stderr) is warned, done.stderr
 
 
 @pytest.mark.parametrize("flag", ["--token", "--k3s-token"])
@@ -4255,7 +4247,7 @@ def test_config_file_with_a_token_that_others_can_read_is_warned_of(box, mode, w
     path.write_text(json.dumps({"token": TOKEN}))
     path.chmod(mode)
     done = box.run("--dev", "--once", "--config", str(path), BETA9_TOKEN="")
-    assert done.returncode == 0 and (f"`chmod 600 {path}`" in done.stderr) is warned, done.stderr
+    assert done.returncode == 0 and (f"`chmod o= {path}`" in done.stderr) is warned, done.stderr
 
 
 ABOVE = ("--max-cpu", "9999", "--max-memory", "9999Gi", "--max-gpus", "99")
@@ -4503,6 +4495,425 @@ def test_stand_in_of_dev_survives_bodies_that_lie_about_their_size():
             sock.shutdown(socket.SHUT_WR)
             assert b"HTTP/1.1 500 " in sock.recv(65536)
     assert ask_over_http(port, "/health", "GET")[0] == 200
+
+
+# ---- 12 Check and status
+def record_of(box, machine_id="*"):
+    """The newest status record."""
+    paths = sorted((box.folder / "state").glob(f"{machine_id}.status.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(paths[-1].read_text()) if paths else None
+
+
+GOOD_RECORD = {
+    "format": 1, "agent_version": "0.2.0", "state": "running", "machine_id": ID, "pool_name": "gpu",
+    "provider_name": "generic", "gateway": "http://gw:1994", "proxy": "", "pid": os.getpid(),
+    "process_start": b9.read_process_start(os.getpid()), "wall_clock": 1.7e9, "clock": 5000.0, "started_at": 1000.0,
+    "ready_since": 1001.0, "failing_since": None, "failure": "", "last_keepalive_at": 4990.0,
+    "next_attempt_at": 5050.0, "lease_ends_at": 5290.0, "kept_alive": 66, "failed": 0, "registered": 1,
+    "offer": {"cpu": 8000, "memory": 32094, "gpu_count": 2}, "warning": "",
+    "metrics": {"cpu_utilization_pct": 15.5, "memory_utilization_pct": 42.3, "total_disk_space_bytes": 5e11,
+                "total_disk_free_bytes": 3e11}, "gpus": [{"name": "A100", "free": True}, {"name": None, "free": False}],
+    "history": [{"ms": 3.5 + number, "cpu": number * 1.5, "memory": 42} for number in range(60)]}
+
+
+@pytest.mark.parametrize("change, now, code, words", [
+    ({}, 5001, 0, "ready since 66 min"), ({}, 5080, 0, "ready since"), ({}, 5081, 1, "stuck: its next attempt is"),
+    ({"next_attempt_at": 6000.0}, 5291, 1, "its lease ran out 1 s ago"),
+    ({"failing_since": 4900.0, "failure": "keepalive failed: x"}, 5001, 1,
+     "not ready since 1 min: keepalive failed: x"),
+    ({"ready_since": None, "lease_ends_at": None}, 5001, 1, "starting"),
+    ({"offer": {"cpu": 0}, "warning": "no k3s"}, 5001, 1, "ready, takes no work: no k3s"),
+    ({"warning": "a GPU is lost"}, 5001, 0, "ready since"),
+    ({"state": "stopped"}, 5001, 3, "not running"), ({"pid": 2 ** 22 + 1}, 5001, 3, "not running"),
+    ({"process_start": "of another process"}, 5001, 3, "not running"), ({"process_start": ""}, 5001, 0, "ready"),
+    ({"pid": 1, "process_start": b9.read_process_start(1)}, 5001, 0, "ready"),
+    ({"pid": "x"}, 5001, 3, "not running"), ({"pid": -1}, 5001, 3, "not running")],
+    ids=["ready", "29-s-late", "stuck", "lease-over", "failing", "starting", "no-work", "warning", "stopped",
+         "no-process", "other-process", "start-unknown", "another-user's", "odd-pid", "negative-pid"])
+def test_status_judges_a_record(change, now, code, words):
+    found, said = b9.Status({**GOOD_RECORD, **change}, now).judge()
+    assert found == code and words in said
+
+
+@pytest.mark.parametrize("signs", [" ▁▂▃▄▅▆▇█", " .:-=+*#"], ids=["utf-8", "ascii"])
+@pytest.mark.parametrize("change", [{}, {"failure": "x" * 900, "failing_since": 1.0}, {"warning": "y " * 900},
+                                    {"pool_name": "p" * 500, "proxy": "q" * 500}])
+def test_status_drawn_fits_80_columns_and_24_lines(change, signs):
+    status = b9.Status({**GOOD_RECORD, **change}, 5001.0)
+    lines = b9.draw_status(status, status.judge()[1], signs)
+    assert len(lines) < 24 and max(map(len, lines)) < 80 and all(line.isprintable() for line in lines)
+    assert signs != " .:-=+*#" or "".join(lines).isascii()
+    text = "\n".join(lines)
+    assert ID in text and ("66 kept alive, 0 failed, 1 registered" in text) and "2 GPUs" in text
+    assert "1 of 2 in use" in text and "280 GiB free" in text.replace("279", "280")
+
+
+def test_status_of_records_with_anything_in_them_is_drawn_all_the_same():
+    chance = random.Random(9)
+    for _ in range(3000):
+        record = dict(GOOD_RECORD)
+        for name in chance.sample(sorted(record), 4):
+            record[name] = chance.choice([*ODD_VALUES, "\x1b[2J\n", [1, "x", None], {"cpu": "x"}, [{"ms": "x"}], [[]]])
+        record = json.loads(json.dumps(record))
+        status = b9.Status(record, 5001.0)
+        code, headline = status.judge()
+        lines = b9.draw_status(status, headline, " .#")
+        assert code in (0, 1, 3) and len(lines) < 24 and all(line.isprintable() and len(line) < 80 for line in lines)
+
+
+@pytest.mark.parametrize("written", [None, b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"pid": 1', b"[" * 60000, ...],
+                         ids=["none", "empty", "cut", "list", "null", "binary", "cut-later", "deep", "folder"])
+@beside
+def test_status_of_a_damaged_record_is_not_running(box, written):
+    (box.folder / "state").mkdir()
+    path = box.folder / f"state/{ID}.status.json"
+    if written is ...:
+        path.mkdir()
+    elif written is not None:
+        path.write_bytes(written)
+    done = box.run("--status", BETA9_TOKEN="")
+    assert (done.returncode, done.stderr) == (3, "") and done.stdout.startswith("not running"), done
+    done = box.run("--status", "--json", BETA9_TOKEN="")
+    assert done.returncode == 3 and json.loads(done.stdout)["exit_code"] == 3
+
+
+@beside
+def test_status_through_a_life(box, gateway):
+    """Ready, in an outage, killed, started again, stopped; with nothing but Python, by anybody."""
+    def status(code, words, *options):
+        def told():
+            done = box.run("--status", *options, python=["-S"], BETA9_TOKEN="", LC_ALL="C", PYTHONUTF8="0",
+                           BETA9_TOKEN_FILE="/nowhere/token", PYTHONCOERCECLOCALE="0")
+            assert done.stderr == "" and done.stdout.isascii()
+            return done if done.returncode == code and words in done.stdout else None
+        return wait(told, lambda: process.log())
+
+    options = ["--k3s-token", K3S, "--hostname", "box", "--machine-id", ID]
+    process = box.ready(gateway, *options)
+    wait(lambda: record_of(box)["kept_alive"] > 3)
+    status(0, "ready since")
+    record = json.loads(status(0, "", "--json").stdout)
+    assert (record["machine_id"], record["pid"], record["exit_code"]) == (ID, process.pid, 0)
+    assert record["offer"]["cpu"] > 0 and 3 < len(record["history"]) <= 60 and record["history"][-1]["ms"] > 0
+    assert mode_of(box.folder / f"state/{ID}.status.json") == 0o644
+    gateway.stop()
+    status(1, "not ready since")
+    gateway.start()
+    status(0, "ready since")
+    stopped(process, signal.SIGKILL)
+    status(3, "not running")
+    process = box.ready(gateway, *options)
+    status(0, "ready since")
+    assert stopped(process) == 0
+    status(3, "not running", "--machine-id", ID)
+    assert record_of(box)["state"] == "stopped"
+    status(3, "no record", "--machine-id", "00000000")
+
+
+@beside
+def test_status_of_a_machine_that_takes_no_work_is_1(box, gateway):
+    box.ready(gateway)
+    done = wait(lambda: (done := box.run("--status", BETA9_TOKEN="")) and "ready, takes" in done.stdout and done)
+    assert done.returncode == 1 and "k3s token is missing" in done.stdout
+
+
+@beside
+def test_status_shows_the_newest_machine_and_the_one_that_is_asked_for(box, gateway):
+    for machine_id in ("00000001", "00000002"):
+        stopped(box.ready(gateway, "--machine-id", machine_id))
+    assert json.loads(box.run("--status", "--json").stdout)["machine_id"] == "00000002"
+    assert json.loads(box.run("--status", "--json", "--machine-id", "00000001").stdout)["machine_id"] == "00000001"
+
+
+@beside
+def test_status_record_shows_no_token_that_a_gateway_echoes(box, gateway):
+    process = box.ready(gateway, "--k3s-token", K3S)
+    gateway.always = says(500, {"message": f"bad {TOKEN} {urllib.parse.quote(K3S)}"})
+    wait(lambda: "bad [redacted]" in record_of(box)["failure"], process.log)
+    assert leaks(json.dumps(record_of(box)), TOKEN, K3S) == []
+    record = record_of(box)
+    assert record["failed"] > 0 and record["failing_since"] is not None and "trouble" in record["failure"]
+
+
+@beside
+def test_status_watch_draws_in_place_and_leaves_the_terminal_as_it_was(box, gateway):
+    box.ready(gateway, "--k3s-token", K3S)
+    there, here = pty.openpty()
+    fcntl.ioctl(here, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    before = termios.tcgetattr(here)
+    process = subprocess.Popen([sys.executable, PROGRAM, "--status", "--watch"], stdin=here, stdout=here, stderr=here,
+                               env=box.environ | {"PYTHONIOENCODING": "utf-8"}, start_new_session=True)
+    box.started.append(process)
+    shown = b""
+    while shown.count(b"ready since") < 2:
+        assert select.select([there], [], [], 30)[0]
+        shown += os.read(there, 65536)
+    assert stopped(process, signal.SIGINT) == 0
+    while select.select([there], [], [], 0.3)[0]:
+        shown += os.read(there, 65536)
+    assert shown.startswith(b"\x1b[?1049h\x1b[?25l") and shown.rstrip().endswith(b"\x1b[?25h\x1b[?1049l")
+    assert termios.tcgetattr(here) == before
+    for screen in shown.split(b"\x1b[H\x1b[J")[1:]:
+        lines = re.sub(r"\x1b\[[?\d]*[a-zA-Z]", "", screen.decode()).split("\r\n")
+        assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    os.close(there), os.close(here)
+
+
+# --check
+def check(box, gateway, *options, python=(), **environ):
+    """Exit code, and what each check found."""
+    done = box.run("--check", "--json", "--gateway-host", gateway.host, "--gateway-port", str(gateway.port), *options,
+                   python=python, **environ)
+    assert done.stderr == "", done.stderr
+    found = collections.defaultdict(list)
+    for finding in json.loads(done.stdout)["findings"]:
+        found[finding["check"]].append((finding["result"], finding["text"]))
+    return done.returncode, found
+
+
+def listed(machine_id, status="ready"):
+    return {"state": {"machine_id": machine_id, "status": status, "token": CONFIG_SECRET}, "metrics": {}}
+
+
+def clock(seconds):
+    """Answers with the clock of this machine, and so many seconds more."""
+    return lambda link: says(200, {"status": "ok"}, "Date: " + email.utils.formatdate(
+        time.time() + seconds, usegmt=True))(link) if link.call == "health" else late(0)(link)
+
+
+def answers(call, *answer):
+    return lambda link: says(*answer)(link) if link.call == call else late(0)(link)
+
+
+def with_config(**change):
+    """What the gateway's configuration is instead."""
+    def change_it(gateway):
+        gateway.contract.config = {**configuration("external"), **change} if change != {"config": None} else None
+    return change_it
+
+
+def pool_with(**fields):
+    config = configuration("external")
+    config["worker"]["pools"]["external"].update(fields)
+    return lambda gateway: setattr(gateway.contract, "config", config)
+
+
+def always(fault):
+    return lambda gateway: setattr(gateway, "always", fault)
+
+
+CHECKS = {  # what is done to the gateway, options, the check, its result and words
+    "good-gateway": (always(None), [], "gateway", "ok", "answers in"),
+    "gateway-away": (Gateway.stop, [], "gateway", "fail", "connection refused"),
+    "gateway-unhealthy": (lambda it: setattr(it.contract, "health", (500, {"status": "not ok", "error": "redis"})), [],
+                          "gateway", "fail", "Redis or database has trouble"),
+    "gateway-html": (always(says(200, b"<html>")), [], "gateway", "fail", "Is this the gateway?"),
+    "clock-good": (always(clock(20)), [], "gateway", "ok", "answers"),
+    "clock-ahead": (always(clock(45)), [], "gateway", "warn", "timedatectl set-ntp true"),
+    "clock-behind": (always(clock(-5000)), [], "gateway", "warn", "83 min apart"),
+    "clock-garbage": (always(answers("health", 200, {"status": "ok"}, "Date: yesterday")), [], "gateway", "ok",
+                      "answers"),
+    "name": (always(None), ["--gateway-host", "a..b"], "gateway", "fail", "no address is known"),
+    "public": (always(None), ["--gateway-host", "203.0.113.7"], "gateway", "fail", "--allow-cleartext"),
+    "good-token": (always(None), [], "token", "ok", "0 machines of this pool are ready"),
+    "token-401": (always(None), ["--token", "another-token"], "token", "fail", "unknown, expired or disabled"),
+    "token-403": (always(None), ["--token", "workspace-token"], "token", "fail", "another kind"),
+    "same-id": (lambda it: it.contract.list.append(listed(ID)), ["--machine-id", ID], "token", "fail",
+                f"machine {ID} is ready already"),
+    "other-id": (lambda it: it.contract.list.append(listed("00000001")), ["--machine-id", ID], "token", "ok",
+                 "1 machines"),
+    "list-of-3-MB": (lambda it: it.contract.list.extend(listed("00000001") for _ in range(30_000)), [], "token", "ok",
+                     "30000 machines"),
+    "list-too-large": (lambda it: it.contract.list.extend([listed("x" * 99)] * 30_000), [], "token", "fail",
+                       "larger than 4096 KiB"),
+    "good-keepalive": (always(None), [], "keepalive", "ok", "has the route"),
+    "upstream": (always(answers("keepalive", 404, {"message": "Not Found"})), [], "keepalive", "fail",
+                 "upstream gateway"),
+    "good-pool": (always(None), [], "pool", "ok", "external takes"),
+    "no-pool": (always(None), ["--pool-name", "gpus"], "pool", "fail", "no pool gpus: check --pool-name"),
+    "local-pool": (pool_with(mode="local"), [], "pool", "fail", "of mode local"),
+    "other-provider": (pool_with(provider="ec2"), [], "pool", "fail", "--provider-name ec2"),
+    "large-cpu": (pool_with(pool_sizing={"default_worker_cpu": "999000m", "default_worker_memory": "1Gi"}), [], "pool",
+                  "fail", "needs 999000m CPU"),
+    "large-memory": (pool_with(pool_sizing={"default_worker_memory": "9999Gi"}), [], "pool", "fail", "9999Gi memory"),
+    "capped": (always(None), ["--max-cpu", "0.5"], "pool", "fail", "raise --max-cpu"),
+    "no-config": (with_config(config=None), [], "pool", "fail", "tailscale.directRedisHost"),
+    "redis-away": (with_config(database={"redis": {"addrs": ["127.0.0.1:9"]}}), [], "pool", "fail",
+                   "correct database.redis.addrs"),
+    "setting": (always(None), ["--max-cpu", "x"], "settings", "fail", "--max-cpu: the value 'x'"),
+    "settings": (always(None), ["--max-gpus", "x"], "gateway", "fail", "correct the settings above first"),
+    "k3s-token": (always(None), [], "k3s", "warn", "--k3s-token-file is missing"),
+    "hostname": (always(None), [], "k3s", "warn", "--hostname is missing"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@beside
+def test_check_finds(box, gateway, name):
+    change, options, which, result, words = CHECKS[name]
+    change(gateway)
+    code, found = check(box, gateway, *options)
+    assert any(mark == result and words in text for mark, text in found[which]), found
+    assert code == int(any(mark == "fail" for each in found.values() for mark, _ in each))
+    assert all(text.isprintable() and CONFIG_SECRET not in text for each in found.values() for _, text in each)
+    assert all(re.search("[a-z]: |[.;] |`", text) for each in found.values() for mark, text in each if mark != "ok")
+    assert not (box.folder / "state").exists(), "nothing is changed"
+
+
+@beside
+def test_check_reaches_what_workers_need_without_a_word(box, gateway):
+    heard, lock = [], threading.Lock()
+
+    def listen():
+        listener = socket.create_server(("127.0.0.1", 0))
+
+        def accept():
+            with listener.accept()[0] as sock, lock:
+                heard.append(sock.recv(100))
+        threading.Thread(target=accept, daemon=True).start()
+        return listener.getsockname()[1]
+
+    redis, grpc, juice, bucket, registry = (listen() for _ in range(5))
+    gateway.contract.config = {
+        **configuration("external"), "database": {"redis": {"addrs": [f"127.0.0.1:{redis}"]}},
+        "gateway_service": {"grpc": {"external_host": "localhost", "external_port": grpc}},
+        "storage": {"juicefs": {"redis_uri": f"redis://:{CONFIG_SECRET}@127.0.0.1:{juice}/0",
+                                "aws_s3_bucket": f"http://127.0.0.1:{bucket}/juicefs"}}}
+    gateway.contract.config["worker"]["image_registry"] = f"127.0.0.1:{registry}/beta9"
+    _, found = check(box, gateway)
+    reached = [text for mark, text in found["pool"] if mark == "ok" and "can be reached" in text]
+    assert len(reached) == 5 and heard == [b""] * 5, found
+    for setting in ("database.redis.addrs", "gateway_service.grpc.external_host", "storage.juicefs.redis_uri",
+                    "storage.juicefs.aws_s3_bucket", "worker.image_registry"):
+        assert setting in " ".join(reached)
+    assert CONFIG_SECRET not in str(found)
+
+
+@pytest.mark.parametrize("config", [
+    {}, {"database": 5, "gateway_service": [], "storage": "x", "worker": {"image_registry": None}},
+    {"database": {"redis": {"addrs": "redis:99999"}}}, {"database": {"redis": {"addrs": ["[::1", None, 7, "\x1b"]}}},
+    {"storage": {"juicefs": {"redis_uri": "redis://u:p@h:x/"}}}], ids=["empty", "odd", "port", "garbage", "uri"])
+def test_check_addresses_of_odd_configurations_are_what_can_be_read(config):
+    for setting, host, port in b9.addresses_of(config):
+        assert isinstance(host, str) and 0 <= port < 65536
+
+
+@beside
+def test_check_where_this_boxs_own_agent_runs_is_good(box, gateway):
+    process = box.ready(gateway, "--machine-id", ID)
+    gateway.contract.list.append(listed(ID))
+    wait(lambda: record_of(box)["ready_since"])
+    _, found = check(box, gateway, "--machine-id", ID)
+    assert found["token"] == [("ok", "the gateway accepts it; 1 machines of this pool are ready")]
+    assert any("an agent runs here: ready" in text for _, text in found["machine"])
+    stopped(process, signal.SIGKILL)
+    assert check(box, gateway, "--machine-id", ID)[1]["token"][0][0] == "fail"
+
+
+def jwt(seconds):
+    claims = base64.urlsafe_b64encode(json.dumps({"exp": int(time.time() + seconds)}).encode()).decode().rstrip("=")
+    return f"eyJhbGciOiJub25lIn0.{claims}.c2lnbmF0dXJl"
+
+
+@pytest.mark.parametrize("token, result, words", [
+    (jwt(-5), "fail", "has expired"), (jwt(86400 * 29), "warn", "expires in 28 days"), (jwt(86400 * 31), None, ""),
+    ("no-jwt-at-all", None, ""), ("a.b.c-and-more", None, ""), ("eyJ.W10.eyJ-more", None, "")],
+    ids=["expired", "soon", "later", "no-jwt", "dots", "list"])
+@beside
+def test_check_k3s_token_tells_its_end(box, gateway, token, result, words):
+    _, found = check(box, gateway, BETA9_K3S_TOKEN=token)
+    about = [(mark, text) for mark, text in found["k3s"] if "the k3s token" in text]
+    assert len(about) == (result is not None) and token not in str(found)
+    assert result is None or about[0][0] == result and words in about[0][1] and "kubectl create token" in about[0][1]
+
+
+@beside
+def test_check_gateway_that_hangs_takes_15_s_at_most(box, gateway):
+    gateway.always = drips(HEAD, b"X: y\r\n")
+    start = time.monotonic()
+    code, found = check(box, gateway)
+    assert code == 1 and time.monotonic() - start < 20, "more than 15 only where this machine is busy"
+    for name in ("gateway", "token", "keepalive", "pool"):
+        assert found[name][0][0] == "fail"
+    assert found["machine"][0][0] == "ok"
+
+
+@beside
+def test_check_without_packages_says_how_to_get_them(box, gateway):
+    code, found = check(box, gateway, python=["-S"])
+    assert code == 1 and [text for mark, text in found["settings"] if "requests is not installed: " in text]
+    assert found["gateway"][0][0] == "fail" and found["machine"]
+
+
+@pytest.mark.parametrize("environ, signs, coloured", [
+    ({}, "✓!✗", True), ({"NO_COLOR": "1"}, "✓!✗", False), ({"PYTHONIOENCODING": "ascii"}, "ok warn FAIL", True)],
+    ids=["colours", "no-color", "ascii"])
+@beside
+def test_check_on_a_terminal_has_signs_and_colours(box, gateway, environ, signs, coloured):
+    there, here = pty.openpty()
+    done = subprocess.run([sys.executable, PROGRAM, "--check", "--gateway-port", "9", "--gateway-host", "127.0.0.1"],
+                          env=box.environ | {"PYTHONIOENCODING": "utf-8"} | environ, stdin=here, stdout=here,
+                          stderr=here, timeout=50)
+    text = os.read(there, 65536).decode()
+    assert done.returncode == 1 and all(sign in text for sign in (signs.split() if " " in signs else signs))
+    assert ("\x1b[" in text) is coloured and ("\x1b[31m" in text) is coloured
+    os.close(there), os.close(here)
+
+
+def test_check_gpus_tells_each_card(nvml_stub, tmp_path):
+    write_gpus(tmp_path / "control", ".sx")
+    code = "print([tuple(each) for each in b9.check_gpus()])"
+    found = ast.literal_eval(run_python(code, stub_environment(nvml_stub, tmp_path / "control")))
+    assert [mark for mark, _ in found[:3]] == ["ok", "warn", "fail"]
+    assert "0: NVIDIA Stub 0, 81920 MiB, driver 550.1" in found[0][1] and "nvidia-smi -pm 1" in found[1][1]
+    assert found[2][1].startswith("2: lost") and "nvidia-container-runtime" in found[3][1]
+    code = "import sys\nsys.modules['pynvml'] = None\n" + code
+    found = ast.literal_eval(run_python(code, stub_environment(nvml_stub, tmp_path / "control")))
+    assert found[0][0] == "fail" and "nvidia-ml-py" in found[0][1]
+
+
+PORT_6443 = threading.Lock()
+
+
+@beside
+def test_check_k3s_compares_the_certificates_of_loopback_and_hostname(box, gateway, certificates):
+    with PORT_6443:
+        for name, good in (("good", True), ("others", False)):
+            with contextlib.closing(TlsGateway(tls_with(certificates, "good"), port=6443)), contextlib.closing(
+                    TlsGateway(tls_with(certificates, name), host="127.0.0.2", port=6443)):
+                _, found = check(box, gateway, "--hostname", "127.0.0.2", "--k3s-token", K3S)
+            assert ("ok", "127.0.0.1:6443 speaks TLS") in found["k3s"]
+            assert found["k3s"][-1][0] == ("ok" if good else "warn"), found["k3s"]
+        _, found = check(box, gateway, "--hostname", "127.0.0.2", "--k3s-token", K3S)
+        assert found["k3s"][-1][0] == "fail" and "systemctl status k3s" in found["k3s"][-1][1]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--status", "--check"], "--check and --status are different actions"),
+    (["--once", "--dry-run"], "--dry-run and --once are different actions"),
+    (["--json"], "--json goes with --check or --status"), (["--watch", "--check"], "--watch goes with --status"),
+    (["--fetch-from", "https://x/y"], "--fetch-from goes with --print-install"),
+    (["--print-install", "--fetch-from", "http://x/y"], "--fetch-from: the value 'http://x/y' is not an address"),
+    (["--print-install", "--fetch-from", "https://u:pass@x/y"], "--fetch-from: the value"),
+    (["--print-file", "motd"], "--print-file: the value 'motd' is not a file")],
+    ids=lambda value: "-".join(value)[:30] if isinstance(value, list) else "")
+@beside
+def test_action_that_does_not_fit_ends_with_2(box, argv, words):
+    done = box.run(*argv)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@beside
+def test_root_in_another_users_state_folder_is_told_how_to_be_that_user(box, gateway):
+    if os.getuid() != 0:
+        pytest.skip("not root")
+    (box.folder / "state").mkdir()
+    os.chown(box.folder / "state", 1, 1)
+    process = box.start(gateway)
+    assert process.wait(30) == 2 and f"`runuser -u {pwd.getpwuid(1).pw_name} --`" in process.log()
+    assert os.listdir(box.folder / "state") == []
+    assert box.run("--status").returncode == 3 and check(box, gateway)[1]["machine"]
+    assert os.listdir(box.folder / "state") == []
 
 
 # ---- 12 Commands
@@ -4853,11 +5264,7 @@ def block(mark):
     return re.search(rf"^<!-- {re.escape(mark)} -->\n```\w+\n(.*?)^```$", README, re.S | re.M)[1]
 
 
-UNIT = block("file: /etc/systemd/system/beta9-agent.service")
-ENV = "".join(line for line in block("test: env").splitlines(True) if line.startswith("BETA9_"))
-DIRECTIVES = [line for line in UNIT.splitlines() if "=" in line]
 needs_systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")
-needs_cloud_init = pytest.mark.skipif(not shutil.which("cloud-init"), reason="no cloud-init here")
 
 
 def analyze(*argv):
@@ -4865,77 +5272,9 @@ def analyze(*argv):
                           timeout=50)
 
 
-@pytest.fixture
-def unit(tmp_path):
-    """The unit as a file, with a program that is there."""
-    path = tmp_path / "beta9-agent.service"
-    path.write_text(re.sub("^ExecStart=.*", f"ExecStart={sys.executable} {SOURCE}", UNIT, flags=re.M))
-    return str(path)
-
-
-@needs_systemd
-def test_unit_verified_by_systemd_is_silent(unit):
-    done = analyze("verify", unit)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-@needs_systemd
-def test_unit_exposure_is_what_readme_says_and_at_most_2_5(unit):
-    if "--offline" not in analyze("--help").stdout:
-        pytest.skip("systemd before 250 rates no file")
-    done = analyze("security", "--offline=true", unit)
-    found = float(re.search(r"exposure level for beta9-agent.service: ([0-9.]+)", done.stdout)[1])
-    told = float(re.search(r"`systemd-analyze security` says ([0-9.]+) of 10", README)[1])
-    assert found <= 2.5 and abs(found - told) < 0.15
-
-
-@pytest.mark.parametrize("line", [
-    "Type=notify", "TimeoutStartSec=infinity", "WatchdogSec=120", "Restart=always", "RestartSec=30",
-    "StartLimitIntervalSec=0", "RestartPreventExitStatus=2", "KillMode=mixed", "User=beta9-agent",
-    "EnvironmentFile=/etc/beta9-agent.env", "StateDirectory=beta9-agent", "NoNewPrivileges=yes",
-    "LimitCORE=0", "After=multi-user.target", "WantedBy=multi-user.target",
-    "ExecStart=/opt/beta9-agent/venv/bin/python /opt/beta9-agent/beta9_agent.py"])
-def test_unit_directive_is_there_once(line):
-    assert DIRECTIVES.count(line) == 1
-
-
-def test_unit_what_would_hide_gpus_or_proc_is_not_there():
-    names = {line.split("=")[0] for line in DIRECTIVES}
-    assert names.isdisjoint({"PrivateDevices", "DeviceAllow", "DevicePolicy", "ProtectClock", "ProcSubset",
-                             "PrivateNetwork", "PrivateUsers", "MemoryDenyWriteExecute", "RootDirectory"})
-    families = next(line for line in DIRECTIVES if line.startswith("RestrictAddressFamilies="))
-    assert {"AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"} <= set(families.split("=")[1].split())
-
-
-def test_unit_secrets_are_in_the_environment_file_alone():
-    assert not any(line.startswith(("Environment=", "PassEnvironment=")) for line in DIRECTIVES)
-    assert "token" not in UNIT.lower() and "BETA9_" not in UNIT
-
-
-def test_environment_file_names_are_variables_of_the_agent():
-    variables = {option.variable for option in b9.OPTIONS if option.variable}
-    given = {line.split("=")[0] for line in ENV.splitlines()}
-    assert {"BETA9_TOKEN", "BETA9_K3S_TOKEN", "BETA9_GATEWAY_HOST"} <= given <= variables
-
-
-def test_environment_file_read_by_the_agent_is_right():
-    config, problems = settings_of(env=dict(line.split("=") for line in ENV.splitlines()))
-    assert problems == [] and (config.pool_name, config.hostname) == ("gpu", "THIS-MACHINE")
-
-
 def shell(command, folder, **env):
     return subprocess.run(["sh", "-c", command], cwd=folder, env=os.environ | env, capture_output=True,
                           text=True, timeout=50)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """What the recipes find beside README.md."""
-    for name in ("README.md", "beta9_agent.py"):
-        shutil.copy(SOURCE.with_name(name), tmp_path)
-    done = shell(block("test: env"), tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    return tmp_path
 
 
 def mode_of(path):
@@ -4946,195 +5285,6 @@ def stub(path, text="exit 0"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
-
-
-def in_a_root(folder, name, words=None, good=True):
-    """README's block with the folder as its root, where /usr/bin holds stubs of what changes a machine."""
-    command = re.sub("/(opt|etc|var|usr/bin)/", rf"{folder}/\1/", block(f"test: {name}"))
-    done = shell(command, folder, PATH=f"{folder}/usr/bin:{os.environ['PATH']}")
-    assert (done.returncode == 0) is good, done
-    assert words in done.stderr if words else done.stderr == "" or not good, done
-    return done.stdout
-
-
-def test_install_commands_put_three_files_in_place_and_uninstall_takes_all_away(folder):
-    names = ("apt-get", "python3", "useradd", "userdel", "systemctl", "pip")
-    for name in names:
-        stub(folder / "usr/bin" / name, f'echo "{name} $*" >> "{folder}/said"')
-    stub(folder / "usr/bin/id", "exit 1")
-    shutil.copytree(folder / "usr/bin", folder / "opt/beta9-agent/venv/bin")
-    (folder / "etc/systemd/system").mkdir(parents=True)
-    (folder / "var/lib/beta9-agent").mkdir(parents=True)
-    kept = sorted(path for path in folder.rglob("*") if "opt/beta9-agent" not in str(path))
-    in_a_root(folder, "install")
-    unit, env = folder / "etc/systemd/system/beta9-agent.service", folder / "etc/beta9-agent.env"
-    assert (unit.read_text(), mode_of(unit)) == (UNIT, 0o644)
-    assert (env.read_text(), mode_of(env)) == (ENV, 0o600)
-    assert (folder / "opt/beta9-agent/beta9_agent.py").read_bytes() == SOURCE.read_bytes()
-    said = (folder / "said").read_text().splitlines()
-    assert said[-1] == "systemctl enable --now beta9-agent"
-    assert {line.split()[0] for line in said} == set(names) - {"userdel"}
-    in_a_root(folder, "uninstall")
-    kept.remove(folder / "var/lib/beta9-agent")
-    assert sorted(path for path in folder.rglob("*") if path.name != "said") == kept
-    assert (folder / "said").read_text().splitlines()[len(said):] == [
-        "systemctl disable --now beta9-agent", "userdel beta9-agent", "systemctl daemon-reload"]
-
-
-@pytest.fixture
-def user_data(folder):
-    """With a machine token of 64 random characters and without that of k3s, as README says."""
-    token = random.Random(1).choices("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_", k=64)
-    lines = [line for line in ENV.splitlines(True) if "K3S" not in line]
-    (folder / "beta9-agent.env").write_text("".join(lines).replace("YOUR-MACHINE-TOKEN", "".join(token)))
-    done = shell(block("test: user-data"), folder)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    return folder / "user-data"
-
-
-def written(user_data):
-    """Path -> content and mode of what cloud-init would write."""
-    tree = pytest.importorskip("yaml").safe_load(user_data.read_bytes())
-    return {file["path"]: (file["content"].encode(), int(file.get("permissions", "0644"), 8))
-            for file in tree["write_files"]}
-
-
-@needs_cloud_init
-def test_user_data_schema_is_accepted(user_data):
-    done = subprocess.run(["cloud-init", "schema", "--config-file", str(user_data)], capture_output=True,
-                          text=True, timeout=50)
-    assert done.returncode == 0 and done.stdout.startswith("Valid") and done.stderr == "", done
-
-
-def test_user_data_read_back_is_byte_for_byte(user_data):
-    env = user_data.with_name("beta9-agent.env").read_bytes()
-    assert written(user_data) == {
-        "/opt/beta9-agent/beta9_agent.py": (SOURCE.read_bytes(), 0o644),
-        "/etc/beta9-agent.env": (env, 0o600),
-        "/etc/systemd/system/beta9-agent.service": (UNIT.encode(), 0o644)}
-
-
-def test_user_data_size_is_what_readme_says(user_data):
-    packed = len(subprocess.check_output(["gzip", "-9", "--stdout", str(user_data)]))
-    told = re.search(r"That is about (\d+) kB, and (\d+) kB after `gzip -9`", README)
-    assert abs(int(told[2]) * 1000 - packed) < 1000 and packed < 60_000
-    assert abs(int(told[1]) * 1000 - user_data.stat().st_size) < 3000
-
-
-def test_user_data_with_tokens_is_readable_by_its_owner_alone(user_data):
-    assert mode_of(user_data) == mode_of(user_data.with_name("beta9-agent.env")) == 0o600
-    assert user_data.read_text().count("BETA9_TOKEN=") == 1
-
-
-def test_user_data_commands_do_not_hold_up_the_boot(user_data):
-    tree = pytest.importorskip("yaml").safe_load(user_data.read_bytes())
-    assert tree["runcmd"][-1] == "systemctl enable --now --no-block beta9-agent"
-    assert not {"bootcmd", "power_state", "package_reboot_if_required"} & set(tree)
-
-
-def test_user_data_packages_are_those_that_the_file_names(user_data):
-    needed = re.findall('"([^"]+)"', re.search("^# dependencies = (.*)", TEXT, re.M)[1])
-    tree = pytest.importorskip("yaml").safe_load(user_data.read_bytes())
-    line = next(line for line in tree["runcmd"] if "pip install" in line)
-    assert line.split()[-len(needed):] == needed and tree["packages"] == ["python3-venv"]
-
-
-def test_user_data_without_environment_file_is_not_made(folder):
-    (folder / "beta9-agent.env").unlink()
-    assert shell(block("test: user-data"), folder).returncode != 0 and not (folder / "user-data").exists()
-
-
-def test_plist_parsed_names_the_program_and_no_secret():
-    text = block("file: /Library/LaunchDaemons/beta9-agent.plist")
-    plist = plistlib.loads(text.encode())
-    assert plist["Label"] == "beta9-agent" and plist["KeepAlive"] is plist["RunAtLoad"] is True
-    python, program, *options = plist["ProgramArguments"]
-    assert python.endswith("/.venv/bin/python") and program.endswith("/beta9_agent.py")
-    assert (plist["ThrottleInterval"], plist["UserName"]) == (30, "YOUR-NAME") and "oken" not in text
-    assert b9.build_command_line().read(options).config.endswith("agent.yaml")
-
-
-@pytest.mark.parametrize("age, good", [(0, True), (280, True), (320, False), (86400, False), (None, False)],
-                         ids=["now", "280-s", "320-s", "a-day", "never"])
-@pytest.mark.parametrize("way", ["command", "probe", "plugin"])
-def test_health_check_by_age_of_the_lock_tells_alive_from_not(tmp_path, way, age, good):
-    if age is not None:
-        lock = tmp_path / f"{ID}.lock"
-        lock.touch()
-        os.utime(lock, (time.time() - age,) * 2)
-    if way == "probe":
-        probe = pytest.importorskip("yaml").safe_load(block("file: probe.yaml"))
-        argv = probe["readinessProbe"]["exec"]["command"]
-    else:
-        argv = ["sh", "-c", block({"command": "test: healthy",
-                                   "plugin": "file: /usr/local/bin/check_beta9_agent"}[way])]
-    done = subprocess.run([word.replace("/var/lib/beta9-agent", str(tmp_path)) for word in argv],
-                          capture_output=True, text=True, timeout=50)
-    assert done.returncode == (0 if good else 2 if way == "plugin" else 1) and done.stderr == ""
-    assert done.stdout.startswith(("OK: " if good else "CRITICAL: ") if way == "plugin" else "")
-
-
-@pytest.fixture
-def installed(folder):
-    """The folder in whose root an old agent is installed."""
-    stub(folder / "opt/beta9-agent/venv/bin/python", f'exec "{sys.executable}" "$@"')
-    stub(folder / "opt/beta9-agent/venv/bin/pip", 'echo "pip $*"')
-    stub(folder / "usr/bin/systemctl", 'echo "systemctl $*"')
-    (folder / "opt/beta9-agent/beta9_agent.py").write_text("old")
-    (folder / "etc").mkdir()
-    (folder / "etc/beta9-agent.env").write_text(ENV)
-    return folder
-
-
-def test_upgrade_commands_replace_the_file_in_one_step_and_there_is_a_way_back(installed):
-    opt = installed / "opt/beta9-agent"
-    first, version, last = in_a_root(installed, "upgrade", "ready after").splitlines()
-    assert version == f"beta9-agent {b9.VERSION} ({first})" and last == "systemctl restart beta9-agent"
-    assert (opt / "beta9_agent.py").read_bytes() == SOURCE.read_bytes() and not list(opt.glob("*.new"))
-    assert in_a_root(installed, "back") == "systemctl restart beta9-agent\n"
-    assert (opt / "beta9_agent.py").read_text() == "old"
-
-
-def test_upgrade_of_the_packages_names_those_that_were_installed(installed):
-    pip, restart = in_a_root(installed, "packages").splitlines()
-    assert pip.replace(" --upgrade", "") in block("test: install")
-    assert restart == "systemctl restart beta9-agent"
-
-
-def test_settings_of_the_service_are_shown_with_their_sources(installed):
-    shutil.copy(SOURCE, installed / "opt/beta9-agent")
-    shown = in_a_root(installed, "settings")
-    assert "pool_name: gpu  (BETA9_POOL_NAME)\n" in shown and "YOUR-MACHINE-TOKEN" not in shown
-
-
-@pytest.mark.parametrize("content", ["cut off(", "", TEXT[:TEXT.index("# ---- 14")]],
-                         ids=["broken", "empty", "cut-off-between-rooms"])
-def test_upgrade_to_a_file_that_does_not_start_leaves_the_old_one(installed, content):
-    (installed / "beta9_agent.py").write_text(content)
-    assert "systemctl" not in in_a_root(installed, "upgrade", good=False)
-    assert (installed / "opt/beta9-agent/beta9_agent.py").read_text() == "old"
-
-
-@pytest.mark.parametrize("answers, shown", [
-    ({"health": 200, "list": 200, "keepalive": 400}, ["gateway: 200", "token: 200", "keepalive: 400"]),
-    ({"health": 500, "list": 401, "keepalive": 404}, ["gateway: 500", "token: 401", "keepalive: 404"]),
-    (None, ["gateway: .*000", "token: .*000", "keepalive: .*000"])], ids=["good", "bad", "away"])
-def test_check_commands_tell_gateway_token_and_keepalive(tmp_path, gateway, certificates, answers, shown):
-    if not shutil.which("curl"):
-        pytest.skip("no curl")
-    date = "Date: Mon, 23 Nov 2026 12:00:00 GMT"
-    gateway.always = lambda link: says(answers[link.call.partition("?")[0]], b"", date)(link)
-    (tmp_path / "token").write_text(TOKEN + "\n")
-    if answers is None:
-        gateway.stop()
-    with contextlib.closing(TlsGateway(tls_with(certificates, "good"))) as k3s:
-        command = block("test: check").replace("1994", str(gateway.port)).replace("6443", str(k3s.port))
-        done = shell(command, tmp_path, http_proxy="http://127.0.0.1:9")
-    assert all(re.search(f"^{line} in [0-9.]+ s$", done.stdout, re.M | re.S) for line in shown), done.stdout
-    assert "k3s: 404 in" in done.stdout and TOKEN not in done.stdout
-    assert f"\nclocks: {date if answers else ''} here " in done.stdout
-    asked = {bearer(link) for link in gateway.seen if "health" not in link.call}
-    assert asked == ({TOKEN} if answers else set())
 
 
 # ---- README's words on trust
