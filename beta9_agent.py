@@ -1953,7 +1953,7 @@ class Agent:
             "history": list(self.history)}
         try:
             if self.state.path:
-                text = json.dumps(record, indent=1)
+                text = json.dumps(record)
                 write_atomically(f"{self.state.path}.status.json", text + "\n", 0o644)
         except OSError as error:
             if self.status_lines.allows(now):
