@@ -226,7 +226,7 @@ def as_mapping(value: object) -> dict[str, Any]:
 
 def number_in(mapping: Mapping[str, Any], name: str) -> float | None:
     """A number of a JSON object; None for anything else."""
-    value: Any = mapping.get(name)
+    value: Any = mapping.get(name)      # True is no number, though Python has it be one
     return value if type(value) in (int, float) and abs(value) < 2 ** 63 else None
 
 
@@ -276,8 +276,8 @@ NEW_TOKEN = "Get a new one with `beta9 machine create --pool {config.pool_name}`
 TRY_HEALTH = ("Check --gateway-host and --gateway-port;"
               " `curl {config.gateway}/api/v1/health` should answer")
 
-# What an answer means that is no confirmation. The first pattern that matches
-# "<call> <status> <what it says>" holds: the gateway says 500 for a bad pool name, for a machine
+# What an answer means that is no confirmation. The first pattern that matches the line
+# "<call> <status> <what it says>" wins: the gateway says 500 for a bad pool name, for a machine
 # that it forgot and for real trouble alike. Source: the gateway's handlers.
 ANSWERS = (
     ("keepalive .*(machine_expired|machine.not.found)", Kind.FORGOTTEN,
@@ -320,7 +320,7 @@ def explain_placement(fields: Mapping[str, Any], config: Config) -> str:
     """Why no work will come, with the remedy, by the configuration that a registration's answer
     holds; "" where that says nothing against it.
     """
-    if fields.get("config", fields) is None:
+    if "config" in fields and fields["config"] is None:
         return ("the gateway cannot place workers anywhere: set tailscale.directRedisHost in its"
                 " configuration, or let it log in to a tailnet")
     pools = as_mapping(as_mapping(as_mapping(fields.get("config")).get("worker")).get("pools"))
@@ -355,7 +355,8 @@ Draw = Callable[[float, float], float]      # a random number between two others
 
 
 def backoff(failing_for: float, cap: float, draw: Draw) -> float:
-    """Seconds to the next attempt: full jitter under a ceiling that grows with the outage.
+    """Seconds to the next attempt: full jitter, from a floor to a ceiling that grows with the
+    outage.
 
     Drawn after the cap, so that a fleet stays spread when all have reached it.
     """
@@ -364,7 +365,7 @@ def backoff(failing_for: float, cap: float, draw: Draw) -> float:
 
 
 def next_call(lease: Lease, now: float) -> str:
-    """Keepalive, or register where the gateway cannot know this machine."""
+    """Keepalive, or register where this machine is not registered or its TTL is over."""
     known = (lease.registered and lease.confirmed_at is not None
              and now - lease.confirmed_at <= lease.ttl)
     return KEEPALIVE if known else REGISTER
@@ -385,10 +386,11 @@ def deadline_of(call: str, lease: Lease, config: Config) -> float:
 def lease_after_success(lease: Lease, call: str, now: float, interval: float, draw: Draw) -> Lease:
     """The lease after a confirmed call."""
     if call == REGISTER:    # kept alive at once: a machine that is just registered takes no work
+        # The first registration is no repetition.
         again = lease.reregistered_at if lease.confirmed_at is None else now
         return lease._replace(due=now, registered=True, kept=False, confirmed_at=now,
                               denied_since=None, reregistered_at=again)
-    # The first one in any phase, so that machines started together part.
+    # The first pause is random, so that machines started together spread out.
     pause = interval * (draw(0.9, 1.1) if lease.kept else draw(0.1, 1.0))
     overdue = lease.due + pause <= now      # after a suspend: sent once
     return lease._replace(due=(now if overdue else lease.due) + pause, kept=True, confirmed_at=now,
@@ -409,8 +411,8 @@ def lease_after_failure(lease: Lease, outcome: Outcome, now: float, interval: fl
     if outcome.retry_after > 0:
         pause = min(outcome.retry_after, 75.0, lease.ttl / 4) + draw(0.0, min(25.0, lease.ttl / 12))
         return lease._replace(due=now + pause)
-    mid_life = denied_since is not None and lease.confirmed_at is not None
-    failing_for = math.inf if mid_life else now - since     # it will take long: the longest pause
+    denied_later = denied_since is not None and lease.confirmed_at is not None
+    failing_for = math.inf if denied_later else now - since     # the longest pause
     return lease._replace(due=now + backoff(failing_for, interval * 1.1, draw))
 
 
@@ -551,7 +553,7 @@ class Trouble:
         return told
 
 
-# ---- 4 Wire shapes and texts
+# ---- 4 Wire shapes, texts and the masking of tokens
 def format_offer(offer: Offer) -> str:
     """The offer for people."""
     return f"{(offer.cpu or 0) / 1000:g} CPUs, {offer.memory} MiB memory, {offer.gpu_count} GPUs"
@@ -674,9 +676,11 @@ def parse_host(text: str) -> str:
     """A host name or an IP address, without the brackets of IPv6."""
     host = text.strip("[]")
     number = host.rpartition(".")[2].isdigit()      # no top-level domain is one
+    if "%" in host:     # a zone, for which a URL has no room
+        raise ValueError(NO_HOST)
     try:
         if ":" in host:
-            ipaddress.IPv6Address(host.replace("%", "/"))   # a URL has no room for a zone
+            ipaddress.IPv6Address(host)
         elif number:
             socket.inet_aton(host)
     except (ValueError, OSError):
@@ -742,12 +746,13 @@ OPTIONS = [
     Option("actions", "print_file", "NAME", checked(
         "unit|wrapper", "is not a file that the script needs: give unit or wrapper"),
         "print a file that this script installs: unit, wrapper"),
-    Option("actions", "print_uninstall", "", parse_switch, "print a script that takes it away"),
+    Option("actions", "print_uninstall", "", parse_switch, "print a script that uninstalls it"),
     Option("actions", "version", "", parse_switch, "show the version and SHA-256 of this file"),
     Option("actions", "help", "", parse_switch, "show this; -h for short"),
     Option("identity", "token", "TOKEN", parse_token,
-           "machine token from `beta9 machine create`; other users can see it here"),
-    Option("identity", "token_file", "FILE", parse_name, "file with it, - for standard input"),
+           "machine token from `beta9 machine create`; others can see it in `ps`"),
+    Option("identity", "token_file", "FILE", parse_name,
+           "file with the machine token, - for standard input"),
     Option("identity", "machine_id", "ID", checked(
         "[0-9a-fA-F]{8}", "is not a machine id: give 8 hex characters", str.lower),
         "8 hex characters, else made at the first start and kept"),
@@ -757,7 +762,8 @@ OPTIONS = [
            "host or IP by which the gateway reaches this machine's k3s"),
     Option("identity", "k3s_token", "TOKEN", parse_token,
            "token of this machine's k3s, for the gateway"),
-    Option("identity", "k3s_token_file", "FILE", parse_name, "file with it, - for standard input"),
+    Option("identity", "k3s_token_file", "FILE", parse_name,
+           "file with that token, - for standard input"),
     Option("gateway", "gateway_host", "HOST", parse_host, "host or IP", "localhost",
            "gateway.host"),
     Option("gateway", "gateway_port", "PORT", checked(
@@ -767,8 +773,8 @@ OPTIONS = [
     Option("gateway", "ca_file", "FILE", parse_ca_file,
            "PEM file of the only root certificates to trust", key="gateway.ca_file"),
     Option("gateway", "allow_cleartext", "", parse_switch,
-           "http to public addresses too", "no", "gateway.allow_cleartext"),
-    Option("this machine", "private_ip", "IP", parse_ip, "its private address, else found"),
+           "send the tokens in cleartext to public addresses too", "no", "gateway.allow_cleartext"),
+    Option("this machine", "private_ip", "IP", parse_ip, "private address, found if not given"),
     Option("this machine", "max_cpu", "CORES", checked(
         DECIMAL, "is not a number of cores above 0: give one such as 6.5",
         lambda text: round(float(text) * 1000), 1), "offer no more cores"),
@@ -780,13 +786,13 @@ OPTIONS = [
     Option("this machine", "offer_always", "", parse_switch,
            "offer all of it, even while no worker can run in its k3s", "no"),
     Option("this machine", "state_dir", "DIR", parse_name,
-           "folder for machine id and lock; /var/lib/beta9-agent for root"),
+           "folder for machine id, lock and status; /var/lib/beta9-agent for root"),
     Option("behaviour", "keepalive_interval", "SECONDS", checked(
         DECIMAL, "is not an interval: give seconds from 0.1 to 240", float, 0.1, 240),
         "time between keepalives, 0.1 to 240", "60"),
     Option("behaviour", "startup_timeout", "SECONDS", checked(
         DECIMAL, "is not a number of seconds: give one such as 600", float),
-        "time to try a gateway that is away at the start; 0 tries once"),
+        "how long to try at the start, for ever if not given; 0 tries once"),
     Option("behaviour", "debug", "", parse_switch, "log requests and answers", "no"),
     Option("behaviour", "config", "FILE", parse_name, "YAML or JSON file of these settings"),
 ]
@@ -1005,7 +1011,7 @@ def read_token_file(option: Option, setting: Setting) -> Setting:
 
 
 def set_option(config: Config, option: Option, setting: Setting) -> None:
-    """Puts a checked setting into the configuration, of a token file its token too."""
+    """Puts a checked setting into the configuration, and the token of a token file."""
     value = parse_setting(option, setting)
     setattr(config, option.name, value)
     config.sources[option.name] = setting.source
@@ -1015,7 +1021,7 @@ def set_option(config: Config, option: Option, setting: Setting) -> None:
     if name in SECRETS and name != option.name:
         token_option = next(each for each in OPTIONS if each.name == name)
         set_option(config, token_option, read_token_file(option, setting))
-        if os.path.isfile(value):       # no pipe: it is read again later
+        if os.path.isfile(value):       # and not a pipe: it is read again later
             config.token_files[name] = value
 
 
@@ -1051,7 +1057,7 @@ def read_clock() -> float:
 
 
 def read_process_start(pid: int) -> str:
-    """Tells a process from a later one with its pid; "" where this cannot be found out."""
+    """When a process started, to recognise a reused pid; "" where this cannot be found out."""
     with contextlib.suppress(OSError, IndexError):
         with open("/proc/sys/kernel/random/boot_id") as boot, open(f"/proc/{pid}/stat") as process:
             return boot.read().strip() + " " + process.read().rpartition(")")[2].split()[19]
@@ -1108,8 +1114,10 @@ class BackgroundQuery:
 
     def ask(self, question: Callable[[], Any], seconds: float,
             given_up: Callable[[], bool] = lambda: False) -> Any:
-        """The answer, or the late one to the question before. Raises what the question raised, and
-        TimeoutError after `seconds` or once `given_up` says so.
+        """The answer, or the late one to the question before, where nobody has taken that.
+
+        Raises what the question raised, and TimeoutError after `seconds` or once `given_up`
+        says so.
         """
         self.start(question)
         end = read_clock() + seconds
@@ -1247,14 +1255,16 @@ class Host:
             if what not in self.unknown and self.budget.allows(read_clock()):
                 reason = "hangs" if isinstance(error, TimeoutError) else printable(repr(error))
                 LOG.warning("%s cannot be read, %s: it is unknown until it answers, and keepalives"
-                            " go on; see the system's log", what, reason)
-            self.unknown.add(what)
+                            " go on; look at `dmesg`", what, reason)
+                self.unknown.add(what)
             return None
 
     def ask_aside(self, query: BackgroundQuery, what: str, question: Callable[[], Any],
                   seconds: float) -> Any:
-        """As `ask`, for what can hang. Once late it is not waited for again: each sample then has
-        the answer to the question of the sample before.
+        """As `ask`, for what can hang.
+
+        After the first time-out nothing waits for it: each sample then has the answer to the
+        question of the sample before.
         """
         patience = 0.0 if query.was_late else seconds
         answer = self.ask(what, lambda: query.ask(question, patience))
@@ -1303,7 +1313,7 @@ class OutgoingRequest:
         return max(self.ends_at - read_clock(), 0.001)
 
     def hold(self, sock: socket.socket) -> None:
-        """Remembers the connection. A duplicate: TLS takes the socket itself away."""
+        """Remembers the connection, as a duplicate: TLS detaches the original."""
         self.let_go()
         self.connection = sock.dup()
         if self.timed_out:
@@ -1341,7 +1351,7 @@ class Alarm:
             self.request.hang_up()
 
     def set_timer(self, moment: float) -> None:
-        """Rings then, and again and again: the request may not have a connection yet."""
+        """Rings then, and every 0.1 s until reset: the request may not have a connection yet."""
         signal.setitimer(signal.ITIMER_REAL, max(moment - read_clock(), 0.001), 0.1)
 
     def end_requests_by(self, moment: float) -> None:
@@ -1403,7 +1413,10 @@ def require_private(host: str, addresses: list[Any]) -> None:
 
 
 class GuardedConnection:
-    """What is added to urllib3's connections, at the place where its SOCKS support steps in too."""
+    """Has urllib3 connect through the client, which judges the address and keeps the deadline.
+
+    `_new_conn` is where urllib3's own SOCKS support steps in too.
+    """
 
     client: "HttpClient"
     host: str
@@ -1593,7 +1606,7 @@ def explain_failure(error: BaseException, peer: str, config: Config) -> tuple[st
         return (f"name server slow: no address of {peer} yet", "A late answer is used for the next"
                 " attempt. Check the name servers in /etc/resolv.conf")
     if among((socket.gaierror, UnicodeError)):
-        return f"no address is known of {peer}", "Check the name and the name server"
+        return f"no address is known of {peer}", "Check the name, and /etc/resolv.conf"
     if among(TimeoutError):
         return f"no complete answer in time from {peer}", try_health
     if among(ConnectionRefusedError):
@@ -1701,7 +1714,7 @@ def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
 
 
 def read_fingerprint() -> str:
-    """Tells machines with a copy of one disk apart, where /etc/machine-id does."""
+    """A hash of /etc/machine-id, which differs on machines with a copy of one disk."""
     try:
         return hashlib.sha256(b"beta9-agent" + read_file("/etc/machine-id").encode()).hexdigest()
     except AgentError:
@@ -1752,12 +1765,13 @@ def lock_machine(path: str) -> Any:
 
     Raises AgentError where another process holds it, and OSError.
     """
-    file = open(path, "ab", buffering=0)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    file = open(os.open(path, flags, 0o600), "ab", buffering=0)
     try:
         if not take_lock(file):
             pid = printable(read_file(path).strip())
-            raise AgentError(f"process {pid} keeps this machine already: stop it, or give another"
-                             " --machine-id", 75)
+            raise AgentError(f"process {pid} already runs for this machine: stop it, or give"
+                             " another --machine-id", 75)
     except OSError as error:
         LOG.warning("%s cannot be locked, %s: see that no second agent runs with this machine id",
                     path, error.strerror)
@@ -1797,8 +1811,9 @@ def open_state(config: Config) -> State:
         path = f"{folder}/{machine_id}"
         return State(machine_id, path, lock_machine(f"{path}.lock"))
     except OSError as error:
-        LOG.warning("%s cannot keep the machine id and its lock, %s: this machine goes on without;"
-                    " give --state-dir", folder, error.strerror)
+        LOG.warning("%s cannot keep the machine id and its lock, %s: this start goes on"
+                    " without, the next one gets a new id; give --state-dir", folder,
+                    error.strerror)
         return State(machine_id or os.urandom(4).hex())
 
 
@@ -1819,7 +1834,7 @@ def write_promise(state: State, offer: Offer) -> None:
             write_atomically(f"{state.path}.offer", json.dumps(offer._asdict()) + "\n")
     except OSError as error:
         LOG.warning("%s.offer cannot be written, %s: a start with fewer GPUs will not be noticed;"
-                    " make room there", state.path, error.strerror)
+                    " free space there, or let this user write", state.path, error.strerror)
 
 
 # ---- 10 Loop
@@ -1929,7 +1944,7 @@ class Agent:
                 " --k3s-token-file")
 
     def register_again(self, cause: str) -> None:
-        """Has the next attempt register."""
+        """Makes the next attempt a registration."""
         self.cause, self.lease = cause, self.lease._replace(registered=False)
 
     def write_status(self, state: str) -> None:
@@ -1958,7 +1973,8 @@ class Agent:
         except OSError as error:
             if self.status_lines.allows(now):
                 LOG.warning("%s.status.json cannot be written, %s: --status shows an old state;"
-                            " make room there", self.state.path, error.strerror)
+                            " free space there, or let this user write", self.state.path,
+                            error.strerror)
 
     def announce(self) -> None:
         """Says what begins, and warns of what will not work."""
@@ -1985,7 +2001,7 @@ class Agent:
                 if source.startswith("--"):
                     LOG.warning("%s shows in `ps`: use %s-file", source, source)
                 elif os.path.isfile(source) and os.stat(source).st_mode & 0o027:
-                    LOG.warning("other users can read the token: `chmod o= %s`", source)
+                    LOG.warning("others can read or replace the token: `chmod g-w,o= %s`", source)
         try:
             load_nvml()
         except ImportError:
@@ -2008,7 +2024,7 @@ class Agent:
                 self.config.redactor.remember(name, token)
                 setattr(self.config, name, token)
                 if name == "k3s_token":
-                    self.register_again("the k3s token is another")
+                    self.register_again("the k3s token has changed")
 
     def look_at_host(self) -> None:
         """Takes a sample; another offer is registered."""
@@ -2071,7 +2087,7 @@ class Agent:
                                  "memory": self.metrics.memory_utilization_pct})
 
     def prepare_registration(self) -> None:
-        """Keeps the offer before any worker can get it, and finds out why this registration is."""
+        """Keeps the offer before any worker can get it, and notes why this registration is made."""
         offer = self.plan.offer
         if (offer.cpu or 0) > 0 and offer != self.kept_offer:
             write_promise(self.state, offer)
@@ -2095,8 +2111,8 @@ class Agent:
         interval = interval_of(self.lease, self.config)
         if (before.ttl != self.lease.ttl and interval < self.config.keepalive_interval
                 and self.ttl_lines.allows(now)):
-            LOG.info("the gateway forgets after %g s: a keepalive every %g s", self.lease.ttl,
-                     interval)
+            LOG.info("the gateway forgets a machine after %g s, so a keepalive goes every %g s",
+                     self.lease.ttl, interval)
         if call == REGISTER:
             if not self.cause or self.registration_lines.allows(now):
                 LOG.info("registered%s", f" again: {self.cause}" if self.cause else "")
