@@ -2850,61 +2850,74 @@ exec /opt/beta9-agent/venv/bin/python -I /opt/beta9-agent/beta9_agent.py \\
 """
 FILES = {"unit": UNIT, "wrapper": WRAPPER}      # which the script has the agent itself print
 
-# Of the script, {words} in braces are replaced. All of it is one function that the last line calls:
-# a pipe that breaks off runs nothing.
+# Of the script, {words} in braces are replaced. All of it is one function, and the call on its last
+# line stands in braces: a pipe that breaks off anywhere runs nothing. Python runs with -I, so that
+# nothing in the caller's folder or variables is run as root.
 INSTALL = r"""#!/bin/sh
-# Installs {version} as a systemd service, or upgrades it. Read it, then run it as root.
+# Installs {version} as a systemd service, or upgrades it.
+# Read it, then run it as root.
 # The machine token is in here, or comes from BETA9_TOKEN_FILE (a path) or BETA9_TOKEN, or is there
 # from before; the k3s token likewise. BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here.
 # Exit codes: 0 ready, 1 a step failed (what ran before still runs), 3 installed, but not ready yet.
-beta9_install() {
-set -eu
+main() {
+set -eu +a
 exec </dev/null
 umask 022
-unset token k3s_token
+unset token k3s_token value
 token=${BETA9_TOKEN:-} k3s_token=${BETA9_K3S_TOKEN:-}
 unset BETA9_TOKEN BETA9_K3S_TOKEN
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 opt=/opt/beta9-agent etc=/etc/beta9-agent state=/var/lib/beta9-agent user=beta9-agent
 unit=/etc/systemd/system/beta9-agent.service wrapper=/usr/local/bin/beta9-agent
-program=$opt/beta9_agent.py doing='looking around'
+program=$opt/beta9_agent.py
+files="$program $etc/agent.yaml $etc/token $etc/k3s-token $unit $wrapper"
 hostname=${BETA9_HOSTNAME:-{hostname}} machine_id=${BETA9_MACHINE_ID:-{machine_id}}
+doing='looking around'
 
 step() { doing=$1; printf 'beta9-agent: %s\n' "$1"; }
 fail() { printf 'beta9-agent: %s\n' "$1" >&2; exit 1; }
 # shellcheck disable=SC2317  # it runs at the end
 clean() {
     code=$?
-    rm -rf "$program.new" "$opt/venv.new" "$etc/agent.yaml.new" "$etc/token.new" \
-        "$etc/k3s-token.new" "$unit.new" "$wrapper.new"
-    [ -e "$opt/venv" ] || [ ! -e "$opt/venv.old" ] || mv "$opt/venv.old" "$opt/venv"
+    rm -rf "$opt/venv.new" "$etc/token.old" "$etc/k3s-token.old"
+    for file in $files; do rm -f "$file.new"; done
     [ "$code" = 0 ] || [ "$code" = 3 ] || printf 'beta9-agent: failed while %s; %s\n' "$doing" \
         'the lines above say why. Mend that and run this again' >&2
 }
 trap clean EXIT
-trap 'exit 1' HUP INT TERM
-place() { # new file, in place: the old one is kept as .old
-    [ ! -e "$1" ] || cp -p "$1" "$1.old"
-    mv -f "$1.new" "$1"
-}
-back() { # the old files, after the agent refused the new ones
-    for file in "$program" "$etc/agent.yaml" "$unit" "$wrapper"; do
-        [ ! -e "$file.old" ] || mv -f "$file.old" "$file"
+catch_signals() { trap 'fail "stopped by a signal"' HUP INT PIPE TERM; }
+catch_signals
+back() { # to what was there before, after the agent refused what is new
+    [ -e "$unit.old" ] || systemctl -q disable beta9-agent
+    for file in $files; do
+        rm -f "$file"
+        [ ! -e "$file.old" ] || mv "$file.old" "$file"
     done
+    [ ! -e "$opt/venv.old" ] || { rm -rf "$opt/venv"; mv "$opt/venv.old" "$opt/venv"; }
     systemctl daemon-reload
-    systemctl restart --no-block beta9-agent
+    [ ! -e "$unit" ] || systemctl restart --no-block beta9-agent
 }
 find_python() {
     for base in /usr/bin/python3 /usr/bin/python3.1[0-9] /usr/local/bin/python3; do
-        "$base" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' \
+        "$base" -I -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' \
             2>/dev/null && return
     done
     return 1
 }
-read_token() { IFS= read -r value <"$1" || [ -n "$value" ] || fail "$1 holds no token"; }
+read_token() { # the first line of a file, into $value
+    [ -r "$1" ] || fail "the token file $1 cannot be read: check its path"
+    IFS= read -r value <"$1" || : # without a line end
+    [ -n "$value" ] || fail "the token file $1 is empty: write the token into it"
+}
+write_token() { # name, token
+    [ -n "$2" ] || return 0
+    ( umask 077; printf '%s\n' "$2" >"$etc/$1.new" )
+    chown "root:$user" "$etc/$1.new"
+    chmod 640 "$etc/$1.new"
+}
 
-[ "$(id -u)" = 0 ] || fail 'this must run as root: sudo sh, or ssh root@...'
-command -v systemctl >/dev/null || fail 'systemd is missing: run the agent under nohup instead'
+[ "$(id -u)" = 0 ] || fail 'this must run as root: pipe it into sudo sh, or ssh root@... sh'
+[ -d /run/systemd/system ] || fail 'systemd does not run here: start the agent by hand instead'
 [ -z "${BETA9_TOKEN_FILE:-}" ] || { read_token "$BETA9_TOKEN_FILE"; token=$value; }
 [ -z "${BETA9_K3S_TOKEN_FILE:-}" ] || { read_token "$BETA9_K3S_TOKEN_FILE"; k3s_token=$value; }
 unset BETA9_TOKEN_FILE BETA9_K3S_TOKEN_FILE BETA9_HOSTNAME BETA9_MACHINE_ID
@@ -2913,15 +2926,15 @@ unset BETA9_TOKEN_FILE BETA9_K3S_TOKEN_FILE BETA9_HOSTNAME BETA9_MACHINE_ID
 [ "$token" != '{hidden}' ] || token=
 [ "$k3s_token" != '{hidden}' ] || k3s_token=
 [ -n "$token" ] || [ -s "$etc/token" ] ||
-    fail 'the machine token is missing: sudo BETA9_TOKEN_FILE=token sh install.sh'
-case $hostname$machine_id in
-*[!A-Za-z0-9._:-]*) fail 'BETA9_HOSTNAME or BETA9_MACHINE_ID holds a sign that neither may hold' ;;
+    fail 'the machine token is missing: run this by sudo BETA9_TOKEN_FILE=token sh'
+case $hostname$machine_id in *[!A-Za-z0-9._:-]*)
+    fail 'BETA9_HOSTNAME is not a host or IP, or BETA9_MACHINE_ID not 8 hex characters: mend it' ;;
 esac
 
 if ! find_python; then
     step 'installing Python'
     if command -v apt-get >/dev/null; then
-        apt-get -qq -o DPkg::Lock::Timeout=300 update
+        apt-get -qq update || : # another one may hold its lock, at a first boot
         DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install \
             python3-venv ca-certificates >/dev/null
     elif command -v dnf >/dev/null; then
@@ -2933,7 +2946,7 @@ fi
 step "making user $user"
 id "$user" >/dev/null 2>&1 || useradd --system --user-group --home-dir "$state" \
     --shell /usr/sbin/nologin "$user"
-mkdir -p "$opt" "$etc"
+mkdir -p "$opt" "$etc" "${wrapper%/*}"
 chown root:root "$opt" "$etc"
 chmod 755 "$opt" "$etc"
 
@@ -2941,20 +2954,21 @@ step 'unpacking the agent'
 {payload}
 [ "$(sha256sum <"$program.new" | cut -d ' ' -f 1)" = {sha256} ] ||
     fail 'the file is not the one whose SHA-256 is in this script: print the script anew'
-chmod 644 "$program.new"
 
+python=$opt/venv/bin/python
 packages='{packages}'
-if [ "$(cat "$opt/venv/packages" 2>/dev/null)" != "$base $packages" ]; then
+if [ "$(cat "$opt/venv/packages" 2>/dev/null)" != "$base $packages" ] ||
+        ! "$python" -I -c 'import psutil, pynvml, requests, yaml' 2>/dev/null; then
     step 'installing its Python packages'
-    rm -rf "$opt/venv.new"
-    "$base" -m venv "$opt/venv.new"
-    # shellcheck disable=SC2086  # words
-    "$opt/venv.new/bin/python" -m pip install -q --disable-pip-version-check --retries 10 $packages
-    printf '%s\n' "$base $packages" >"$opt/venv.new/packages"
     python=$opt/venv.new/bin/python
-else
-    python=$opt/venv/bin/python
+    rm -rf "$opt/venv.new"
+    "$base" -I -m venv "$opt/venv.new"
+    # shellcheck disable=SC2086  # words
+    "$python" -I -m pip install -q --no-cache-dir --disable-pip-version-check --retries 10 $packages
+    printf '%s\n' "$base $packages" >"$opt/venv.new/packages"
 fi
+chown -R root:root "$opt"
+chmod -R go-w,a+rX "$opt"
 case $("$python" -I "$program.new" --version) in
 *'({hash})') ;;
 *) fail 'the agent does not start: see the line above' ;;
@@ -2966,78 +2980,81 @@ cat >"$etc/agent.yaml.new" <<'BETA9_END'
 BETA9_END
 [ -z "$hostname" ] || printf 'hostname: "%s"\n' "$hostname" >>"$etc/agent.yaml.new"
 [ -z "$machine_id" ] || printf 'machine_id: "%s"\n' "$machine_id" >>"$etc/agent.yaml.new"
-write_token() { # name, token
-    [ -n "$2" ] || return 0
-    ( umask 077; printf '%s\n' "$2" >"$etc/$1.new" )
-    chown "root:$user" "$etc/$1.new"
-    chmod 640 "$etc/$1.new"
-}
 write_token token "$token"
 write_token k3s-token "$k3s_token"
-[ -e "$etc/k3s-token.new" ] || [ -e "$etc/k3s-token" ] ||
-    sed -i '/^k3s_token_file:/d' "$etc/agent.yaml.new"
+[ ! -e "$etc/k3s-token" ] && [ ! -e "$etc/k3s-token.new" ] ||
+    printf 'k3s_token_file: "%s"\n' "$etc/k3s-token" >>"$etc/agent.yaml.new"
 set -- --dry-run --config "$etc/agent.yaml.new"
 [ ! -e "$etc/token.new" ] || set -- "$@" --token-file "$etc/token.new"
 [ ! -e "$etc/k3s-token.new" ] || set -- "$@" --k3s-token-file "$etc/k3s-token.new"
-chmod -R a+rX "$opt"
-runuser -u "$user" -- "$python" -I "$program.new" "$@" >/dev/null ||
+runuser -u "$user" -- env -i "$python" -I "$program.new" "$@" >/dev/null ||
     fail 'the agent refuses these settings: see the line above, then print the script anew'
 "$python" -I "$program.new" --print-file unit >"$unit.new"
 "$python" -I "$program.new" --print-file wrapper >"$wrapper.new"
 chmod 755 "$wrapper.new"
 
 step 'putting it in place and starting it'
-if [ -d "$opt/venv.new" ]; then
-    rm -rf "$opt/venv.old"
-    [ ! -d "$opt/venv" ] || mv "$opt/venv" "$opt/venv.old"
+rm -rf "$opt/venv.old"
+for file in $files; do
+    rm -f "$file.old"
+    [ ! -e "$file" ] || ln "$file" "$file.old"
+done
+trap '' HUP INT PIPE TERM # all or nothing
+if [ -e "$opt/venv.new" ]; then
+    [ ! -e "$opt/venv" ] || mv "$opt/venv" "$opt/venv.old"
     mv "$opt/venv.new" "$opt/venv"
 fi
-for name in token k3s-token; do
-    [ ! -e "$etc/$name.new" ] || mv -f "$etc/$name.new" "$etc/$name"
+for file in $files; do
+    [ ! -e "$file.new" ] || mv "$file.new" "$file"
 done
-for file in "$program" "$etc/agent.yaml" "$unit" "$wrapper"; do place "$file"; done
+catch_signals
 systemctl daemon-reload
 systemctl -q enable beta9-agent
 systemctl restart --no-block beta9-agent
-case $0 in /var/lib/cloud/*) step 'started; beta9-agent --status tells more'; exit 0 ;; esac
+case $0 in /var/lib/cloud/*) step 'started: beta9-agent --status tells more'; exit 0 ;; esac
 
 step 'waiting until it is ready, for 60 s at most'
 tries=0
-while [ $tries -lt 60 ]; do
+while [ "$tries" -lt 60 ]; do
     sleep 1
     tries=$((tries + 1))
     code=0
     shown=$("$wrapper" --status) || code=$?
-    [ "$code" != 0 ] || break
-    if [ "$(systemctl show -p ExecMainStatus --value beta9-agent)" = 2 ]; then
-        journalctl -q -n 5 -o cat -u beta9-agent
+    active=$(systemctl is-active beta9-agent) || : # activating, until the new one is ready
+    [ "$code $active" != '0 active' ] || break
+    if [ "$active" = failed ]; then # by its exit code 2 alone: after others it is started again
+        journalctl -q -n 5 -o cat -u beta9-agent >&2
         back
-        fail 'the agent refuses these settings, so those of before are back: see the line above'
+        fail 'the agent refuses these settings, so what was before is back: see the lines above'
     fi
 done
 printf '%s\n' "$shown"
-[ "$code" = 0 ] || step 'installed but not ready, see above; it goes on trying'
-[ "$code" = 0 ] || exit 3
-exit 0
+[ "$code $active" = '0 active' ] || {
+    step 'installed but not ready, see above; it goes on trying'
+    exit 3
 }
-beta9_install
+}
+{ main; exit; }
 """
 
 UNINSTALL = r"""#!/bin/sh
 # Takes beta9-agent away: service, program, settings, tokens, state, user. Run it as root.
 # k3s and the workers in it stay.
-beta9_uninstall() {
+main() {
+set -eu
 exec </dev/null
-[ "$(id -u)" = 0 ] || { echo 'beta9-agent: this must run as root: sudo sh' >&2; exit 1; }
-systemctl disable --now beta9-agent
-rm -rf /etc/systemd/system/beta9-agent.service* /usr/local/bin/beta9-agent* /opt/beta9-agent \
-    /etc/beta9-agent /var/lib/beta9-agent
+fail() { printf 'beta9-agent: %s\n' "$1" >&2; exit 1; }
+[ "$(id -u)" = 0 ] || fail 'this must run as root: pipe it into sudo sh'
+unit=/etc/systemd/system/beta9-agent.service
+[ ! -e "$unit" ] || systemctl -q disable --now beta9-agent ||
+    fail 'the service does not stop, so all is left as it is: see the line above'
+rm -rf "$unit" "$unit.old" "$unit.d" /usr/local/bin/beta9-agent /usr/local/bin/beta9-agent.old \
+    /opt/beta9-agent /etc/beta9-agent /var/lib/beta9-agent
 systemctl daemon-reload
 ! id beta9-agent >/dev/null 2>&1 || userdel beta9-agent
 echo 'beta9-agent: gone; the gateway forgets this machine 5 minutes after its last keepalive'
-exit 0
 }
-beta9_uninstall
+{ main; exit; }
 """
 
 PACKAGES = ("requests", "urllib3", "certifi", "idna", "charset-normalizer", "psutil",
@@ -3059,17 +3076,19 @@ def pin_packages() -> str:
 
 
 def format_settings(settings: Mapping[str, Setting]) -> str:
-    """The settings that were given, as YAML without secrets: JSON's strings are YAML's."""
-    left_out = ("config", "hostname", "machine_id", "state_dir", "token", "token_file", "k3s_token",
+    """The settings that were given, as YAML in ASCII, without secrets and what the script adds."""
+    left_out = ("hostname", "machine_id", "state_dir", "token", "token_file", "k3s_token",
                 "k3s_token_file")
-    lines = ['state_dir: "/var/lib/beta9-agent"', 'token_file: "/etc/beta9-agent/token"',
-             'k3s_token_file: "/etc/beta9-agent/k3s-token"']
+    lines = ['state_dir: "/var/lib/beta9-agent"', 'token_file: "/etc/beta9-agent/token"']
     for option in OPTIONS:
         setting = settings.get(option.name)
         given = setting is not None and setting.rank > 0
         if setting is not None and given and option.file_key and option.name not in left_out:
-            lines.append(f"{option.file_key}: {json.dumps(setting.text)}")
-    return "\n".join(lines)
+            text = os.path.abspath(setting.text) if option.name == "ca_file" else setting.text
+            quoted = json.dumps(text, ensure_ascii=False)
+            lines.append(f"{option.file_key}: {quoted}")
+    # Python's escapes are YAML's; JSON's are not, beyond 16 bits.
+    return "\n".join(lines).encode("ascii", "backslashreplace").decode()
 
 
 def format_payload(program: bytes, url: str) -> str:
@@ -3078,25 +3097,32 @@ def format_payload(program: bytes, url: str) -> str:
     import bz2
     import shlex
     if url:
-        code = ("import sys, urllib.request as u;"
+        code = ("import sys, urllib.request as u; sys.tracebacklimit = 0;"
                 " sys.stdout.buffer.write(u.urlopen(sys.argv[1], timeout=60).read(1 << 20))")
-        return f'"$base" -c {shlex.quote(code)} {shlex.quote(url)} >"$program.new"'
+        return f'"$base" -I -c {shlex.quote(code)} {shlex.quote(url)} >"$program.new"'
     # bzip2 and base85, by Python's own modules: gzip and base64 would take user-data over its
     # common limit of 64 KiB.
-    code = ("import base64, bz2, sys; text = sys.stdin.read().replace(chr(10), '');"
+    code = ("import base64, bz2, sys; text = ''.join(sys.stdin.read().split());"
             " sys.stdout.buffer.write(bz2.decompress(base64.b85decode(text)))")
     packed = base64.b85encode(bz2.compress(program)).decode()
     lines = [packed[at:at + 200] for at in range(0, len(packed), 200)]
-    return "\n".join([f'"$base" -c {shlex.quote(code)} >"$program.new" <<\'BETA9_END\'', *lines,
+    return "\n".join([f'"$base" -I -c {shlex.quote(code)} >"$program.new" <<\'BETA9_END\'', *lines,
                       "BETA9_END"])
 
 
 def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
-    """Prints the script that installs this very file with these settings. Needs no network."""
+    """Prints the script that installs this very file with these settings. Needs no network.
+
+    Raises AgentError where there is no file.
+    """
     import shlex
     hidden = "…"
-    with open(__file__, "rb") as file:
-        program = file.read()
+    try:
+        with open(__file__, "rb") as file:
+            program = file.read()
+    except OSError:
+        raise AgentError("this program is in no file that the script could carry: save it as one,"
+                         " then run that") from None
     digest = hashlib.sha256(program).hexdigest()
 
     def quoted(secret: Secret | None) -> str:
@@ -3108,11 +3134,12 @@ def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
         LOG.warning("--machine-id is in this script: run it on one machine only, or set"
                     " BETA9_MACHINE_ID there")
     if config.ca_file:
-        LOG.warning("%s must be on the machine too, at the same path", config.ca_file)
-    if sys.stdout.isatty():
-        LOG.warning("on a terminal tokens are not shown: print this into a file or a pipe")
-    elif config.token or config.k3s_token:
-        LOG.warning("what is printed holds the tokens: keep it as secret as them")
+        LOG.warning("%s must be on the machine too, where its service can read it: not under /home,"
+                    " /root or /tmp", os.path.abspath(config.ca_file))
+    if config.token or config.k3s_token:
+        LOG.warning("on a terminal tokens are not shown: print this into a file or a pipe"
+                    if sys.stdout.isatty() else
+                    "what is printed holds the tokens: keep it as secret as them")
     words = {"version": format_version(), "hostname": config.hostname or "",
              "machine_id": config.machine_id or "", "token": quoted(config.token),
              "k3s_token": quoted(config.k3s_token), "hidden": hidden, "sha256": digest,
