@@ -743,9 +743,17 @@ OPTIONS = [
            "print a script that installs this file as a service with these settings"),
     Option("actions", "fetch_from", "URL", parse_url, "with --print-install: fetch the file from"
            " there instead of carrying it; its SHA-256 is checked"),
-    Option("actions", "print_file", "NAME", checked(
-        "unit|wrapper", "is not a file that the script needs: give unit or wrapper"),
-        "print a file that this script installs: unit, wrapper"),
+    Option("actions", "k3s", "WAY", checked("use|install", "is no way to get k3s: give use for one"
+           " that is there, or install"), "with --print-install: have this machine's k3s make its"
+           " own tokens; `install` brings k3s where it is missing"),
+    Option("actions", "k3s_version", "VERSION", checked(
+        r"v[0-9.]+\+k3s[0-9]+", "is not a version of k3s: give one such as v1.34.3+k3s1"),
+        "with --k3s install: else its stable channel"),
+    Option("actions", "k3s_installer_sha256", "HEX", checked(
+        "[0-9a-f]{64}", "is not a SHA-256: give its 64 hex digits"),
+        "with --k3s install: the only k3s installer to run"),
+    Option("actions", "print_file", "NAME", parse_name,
+           "print a file that this script installs, such as unit"),
     Option("actions", "print_uninstall", "", parse_switch, "print a script that uninstalls it"),
     Option("actions", "version", "", parse_switch, "show the version and SHA-256 of this file"),
     Option("actions", "help", "", parse_switch, "show this; -h for short"),
@@ -2848,7 +2856,216 @@ WRAPPER = """#!/bin/sh
 exec /opt/beta9-agent/venv/bin/python -I /opt/beta9-agent/beta9_agent.py \\
     --config /etc/beta9-agent/agent.yaml "$@"
 """
-FILES = {"unit": UNIT, "wrapper": WRAPPER}      # which the script has the agent itself print
+# What the gateway does in k3s, and no more; and what the agent looks at there besides.
+K3S_ACCOUNTS = """apiVersion: v1
+kind: ServiceAccount
+metadata: {name: beta9-gateway, namespace: default}
+automountServiceAccountToken: false
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: beta9-gateway, namespace: default}
+rules:
+  - {apiGroups: [batch], resources: [jobs], verbs: [list, create, delete]}
+  - {apiGroups: [""], resources: [pods], verbs: [list]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: beta9-gateway, namespace: default}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: beta9-gateway}
+subjects: [{kind: ServiceAccount, name: beta9-gateway, namespace: default}]
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: beta9-agent, namespace: default}
+automountServiceAccountToken: false
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: beta9-agent}
+rules:
+  - {apiGroups: [""], resources: [nodes], verbs: [get, list]}
+  - {apiGroups: [node.k8s.io], resources: [runtimeclasses], verbs: [get, list]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: beta9-agent}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: beta9-agent}
+subjects: [{kind: ServiceAccount, name: beta9-agent, namespace: default}]
+"""
+
+K3S_TOKEN = r"""#!/bin/sh
+# Keeps this machine's k3s tokens and k3s's CA in /run/beta9-k3s, for beta9-agent. A token is made
+# anew when there is none, when k3s refuses it, and when a third of its life is left. What fails
+# leaves what is there. Run as root, by beta9-k3s-token.timer.
+main() {
+set -eu
+umask 077
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+dir=/run/beta9-k3s
+warn() { printf '<4>%s
+' "$1" >&2; } # a warning, by sd-daemon(3)
+trap 'rm -f "$dir"/*.new' EXIT
+place() { # name, text: the file is replaced in one step
+    printf '%s
+' "$2" >"$dir/$1.new"
+    chgrp beta9-agent "$dir/$1.new"
+    chmod 640 "$dir/$1.new"
+    mv "$dir/$1.new" "$dir/$1"
+}
+admin() { k3s kubectl --request-timeout=8s "$@" 2>/dev/null; }
+cluster() { admin config view --minify --raw -o "jsonpath={.clusters[0].cluster.$1}"; }
+accepted() { # name: tried through a file, as others can see a command's words
+    cat >"$dir/try.new" <<END
+apiVersion: v1
+kind: Config
+current-context: x
+contexts: [{name: x, context: {cluster: x, user: x}}]
+clusters: [{name: x, cluster: {server: "$(cluster server)", certificate-authority: $dir/ca.crt}}]
+users: [{name: x, user: {tokenFile: $dir/$1}}]
+END
+    admin --kubeconfig "$dir/try.new" get --raw /version >/dev/null
+}
+renew() { # file, account
+    answer='{.status.token} {.status.expirationTimestamp}'
+    minted=$(admin create token "$2" -n default --duration=2160h -o "jsonpath=$answer") || {
+        warn "k3s makes no token for $2: it does once it has applied beta9-agent.yaml; trying again"
+        return 0
+    }
+    until=$(date -d "${minted#* }" +%s)
+    place "$1" "${minted% *}"
+    place "$1.renewal" "$((now + (until - now) * 2 / 3))"
+}
+
+command -v k3s >/dev/null || exit 0
+admin get --raw /readyz >/dev/null || exit 0 # it is not up: the agent says so
+ca=$(cluster certificate-authority-data | base64 -d)
+[ "$ca" = "$(cat "$dir/ca.crt" 2>/dev/null)" ] || place ca.crt "$ca"
+now=$(date +%s)
+for name in gateway agent; do
+    renewal=$(cat "$dir/$name-token.renewal" 2>/dev/null) || renewal=0
+    if [ "$now" -ge "$renewal" ] || ! accepted "$name-token"; then
+        renew "$name-token" "beta9-$name"
+    fi
+done
+}
+main
+"""
+
+K3S_TOKEN_SERVICE = """[Unit]
+Description=Has k3s make the tokens that beta9-agent needs
+
+[Service]
+Type=oneshot
+ExecStart=/opt/beta9-agent/k3s-token
+Group=beta9-agent
+RuntimeDirectory=beta9-k3s
+RuntimeDirectoryMode=0750
+RuntimeDirectoryPreserve=yes
+TimeoutStartSec=50
+LogLevelMax=warning
+NoNewPrivileges=yes
+ProtectSystem=full
+ProtectHome=yes
+PrivateTmp=yes
+"""
+
+K3S_TOKEN_TIMER = """[Unit]
+Description=Looks every minute after the k3s tokens of beta9-agent
+
+[Timer]
+OnBootSec=5s
+OnUnitActiveSec=1min
+AccuracySec=1s
+
+[Install]
+WantedBy=timers.target
+"""
+
+# Tells k3s how many cards there are. Source: NVIDIA's k8s-device-plugin.
+K3S_DEVICE_PLUGIN = """apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: nvidia-device-plugin, namespace: kube-system}
+spec:
+  selector: {matchLabels: {name: nvidia-device-plugin}}
+  template:
+    metadata: {labels: {name: nvidia-device-plugin}}
+    spec:
+      priorityClassName: system-node-critical
+      containers:
+        - name: plugin
+          image: nvcr.io/nvidia/k8s-device-plugin:v0.17.1
+          securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
+          volumeMounts: [{name: plugins, mountPath: /var/lib/kubelet/device-plugins}]
+      volumes: [{name: plugins, hostPath: {path: /var/lib/kubelet/device-plugins}}]
+"""
+
+FILES = {"unit": UNIT, "wrapper": WRAPPER, "k3s-accounts": K3S_ACCOUNTS, "k3s-token": K3S_TOKEN,
+         "k3s-token-service": K3S_TOKEN_SERVICE, "k3s-token-timer": K3S_TOKEN_TIMER,
+         "k3s-device-plugin": K3S_DEVICE_PLUGIN}    # which the script has the agent itself print
+
+K3S_INSTALL = r"""fetch() { # an address into a file, over TLS
+    "$base" -I -c {fetch} "$1" >"$2" || fail "$1 cannot be fetched: see the line above"
+}
+has_card() { [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null; }
+runtime=/usr/bin/nvidia-container-runtime nvidia=https://nvidia.github.io/libnvidia-container
+if ! command -v k3s >/dev/null; then
+    if has_card && [ ! -e $runtime ]; then # before k3s, which looks for it when it starts
+        step 'installing the NVIDIA container toolkit'
+        if command -v apt-get >/dev/null; then
+            key=/etc/apt/keyrings/nvidia-container-toolkit.asc
+            mkdir -p "${key%/*}"
+            fetch $nvidia/gpgkey $key
+            echo "deb [signed-by=$key] $nvidia/stable/deb/\$(ARCH) /" \
+                >/etc/apt/sources.list.d/nvidia-container-toolkit.list
+            apt-get -qq update
+            DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install \
+                nvidia-container-toolkit >/dev/null
+        elif command -v dnf >/dev/null; then
+            fetch $nvidia/stable/rpm/nvidia-container-toolkit.repo \
+                /etc/yum.repos.d/nvidia-container-toolkit.repo
+            dnf -q -y install nvidia-container-toolkit
+        fi
+        [ -e $runtime ] || fail 'the NVIDIA container toolkit is missing: install it'
+    fi
+    step 'installing k3s by its own installer'
+    fetch https://get.k3s.io "$opt/k3s-installer"
+    got=$(sha256sum <"$opt/k3s-installer" | cut -d ' ' -f 1) wanted={k3s_installer_sha256}
+    [ "$got" = "${wanted:-$got}" ] || fail "the installer's SHA-256 is $got, not the one asked for"
+    step "running the installer with SHA-256 $got"
+    server='server --disable traefik --disable servicelb'
+    [ -z "$hostname" ] || server="$server --tls-san $hostname"
+    [ ! -e $runtime ] || server="$server --default-runtime nvidia"
+    env -u K3S_URL -u K3S_TOKEN INSTALL_K3S_CHANNEL=stable INSTALL_K3S_VERSION={k3s_version} \
+        INSTALL_K3S_EXEC="$server" sh "$opt/k3s-installer"
+    rm "$opt/k3s-installer"
+else
+    step 'k3s is here already, and stays as it is'
+fi
+if has_card && [ ! -e "$manifests/nvidia-device-plugin.yaml" ]; then
+    step "giving k3s NVIDIA's device plugin"
+    ( umask 077; mkdir -p "$manifests" )
+    "$python" -I "$program.new" --print-file k3s-device-plugin >"$manifests/plugin.new"
+    mv "$manifests/plugin.new" "$manifests/nvidia-device-plugin.yaml"
+fi
+"""
+
+K3S_USE = r"""step 'having k3s make the tokens of the gateway and the agent'
+mkdir -p /var/lib/rancher/k3s
+( umask 077; mkdir -p "$manifests" )
+files="$files $manifests/beta9-agent.yaml $opt/k3s-token $unit_dir/beta9-k3s-token.service"
+files="$files $unit_dir/beta9-k3s-token.timer" units="$units beta9-k3s-token.timer"
+"$python" -I "$program.new" --print-file k3s-accounts >"$manifests/beta9-agent.yaml.new"
+"$python" -I "$program.new" --print-file k3s-token >"$opt/k3s-token.new"
+chmod 755 "$opt/k3s-token.new"
+for name in service timer; do
+    "$python" -I "$program.new" --print-file "k3s-token-$name" \
+        >"$unit_dir/beta9-k3s-token.$name.new"
+done
+"""
+K3S_SETTINGS = ['k3s_wait: "yes"', 'k3s_token_file: "/run/beta9-k3s/gateway-token"',
+                'k3s_node_token_file: "/run/beta9-k3s/agent-token"',
+                'k3s_ca_file: "/run/beta9-k3s/ca.crt"']
 
 # Of the script, {words} in braces are replaced. All of it is one function, and the call on its last
 # line stands in braces: a pipe that breaks off anywhere runs nothing. Python runs with -I, so that
@@ -2859,6 +3076,7 @@ INSTALL = r"""#!/bin/sh
 # The machine token is in here, or comes from BETA9_TOKEN_FILE (a path) or BETA9_TOKEN, or is there
 # from before; the k3s token likewise. BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here.
 # Exit codes: 0 ready, 1 a step failed (what ran before still runs), 3 installed, but not ready yet.
+# shellcheck disable=SC2086  # words are meant to be split, of $packages and $units alone
 main() {
 set -eu +a
 exec </dev/null
@@ -2868,8 +3086,8 @@ token=${BETA9_TOKEN:-} k3s_token=${BETA9_K3S_TOKEN:-}
 unset BETA9_TOKEN BETA9_K3S_TOKEN
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 opt=/opt/beta9-agent etc=/etc/beta9-agent state=/var/lib/beta9-agent user=beta9-agent
-unit=/etc/systemd/system/beta9-agent.service wrapper=/usr/local/bin/beta9-agent
-program=$opt/beta9_agent.py
+unit_dir=/etc/systemd/system unit=$unit_dir/beta9-agent.service wrapper=/usr/local/bin/beta9-agent
+program=$opt/beta9_agent.py units=beta9-agent
 files="$program $etc/agent.yaml $etc/token $etc/k3s-token $unit $wrapper"
 hostname=${BETA9_HOSTNAME:-{hostname}} machine_id=${BETA9_MACHINE_ID:-{machine_id}}
 doing='looking around'
@@ -2888,7 +3106,7 @@ trap clean EXIT
 catch_signals() { trap 'fail "stopped by a signal"' HUP INT PIPE TERM; }
 catch_signals
 back() { # to what was there before, after the agent refused what is new
-    [ -e "$unit.old" ] || systemctl -q disable beta9-agent
+    [ -e "$unit.old" ] || systemctl -q disable --now $units
     for file in $files; do
         rm -f "$file"
         [ ! -e "$file.old" ] || mv "$file.old" "$file"
@@ -2963,7 +3181,6 @@ if [ "$(cat "$opt/venv/packages" 2>/dev/null)" != "$base $packages" ] ||
     python=$opt/venv.new/bin/python
     rm -rf "$opt/venv.new"
     "$base" -I -m venv "$opt/venv.new"
-    # shellcheck disable=SC2086  # words
     "$python" -I -m pip install -q --no-cache-dir --disable-pip-version-check --retries 10 $packages
     printf '%s\n' "$base $packages" >"$opt/venv.new/packages"
 fi
@@ -2983,6 +3200,7 @@ BETA9_END
 write_token token "$token"
 write_token k3s-token "$k3s_token"
 [ ! -e "$etc/k3s-token" ] && [ ! -e "$etc/k3s-token.new" ] ||
+    grep -q '^k3s_token_file:' "$etc/agent.yaml.new" ||
     printf 'k3s_token_file: "%s"\n' "$etc/k3s-token" >>"$etc/agent.yaml.new"
 set -- --dry-run --config "$etc/agent.yaml.new"
 [ ! -e "$etc/token.new" ] || set -- "$@" --token-file "$etc/token.new"
@@ -2992,7 +3210,7 @@ runuser -u "$user" -- env -i "$python" -I "$program.new" "$@" >/dev/null ||
 "$python" -I "$program.new" --print-file unit >"$unit.new"
 "$python" -I "$program.new" --print-file wrapper >"$wrapper.new"
 chmod 755 "$wrapper.new"
-
+{k3s}
 step 'putting it in place and starting it'
 rm -rf "$opt/venv.old"
 for file in $files; do
@@ -3009,8 +3227,8 @@ for file in $files; do
 done
 catch_signals
 systemctl daemon-reload
-systemctl -q enable beta9-agent
-systemctl restart --no-block beta9-agent
+systemctl -q enable $units
+systemctl restart --no-block $units
 case $0 in /var/lib/cloud/*) step 'started: beta9-agent --status tells more'; exit 0 ;; esac
 
 step 'waiting until it is ready, for 60 s at most'
@@ -3045,16 +3263,30 @@ set -eu
 exec </dev/null
 fail() { printf 'beta9-agent: %s\n' "$1" >&2; exit 1; }
 [ "$(id -u)" = 0 ] || fail 'this must run as root: pipe it into sudo sh'
-unit=/etc/systemd/system/beta9-agent.service
+unit=/etc/systemd/system/beta9-agent.service timer=beta9-k3s-token.timer code=0
+manifest=/var/lib/rancher/k3s/server/manifests/beta9-agent.yaml
 [ ! -e "$unit" ] || systemctl -q disable --now beta9-agent ||
     fail 'the service does not stop, so all is left as it is: see the line above'
+if [ -e "$manifest" ]; then
+    rm -f "$manifest" "$manifest.old" # first: k3s would bring back what is in it
+    set -- serviceaccount/beta9-gateway serviceaccount/beta9-agent role/beta9-gateway \
+        rolebinding/beta9-gateway clusterrole/beta9-agent clusterrolebinding/beta9-agent
+    k3s kubectl delete -n default --ignore-not-found --request-timeout=10s "$@" || {
+        code=1
+        echo "beta9-agent: k3s does not answer, so its tokens stay valid. Revoke them later, with
+    k3s kubectl delete -n default --ignore-not-found $*" >&2
+    }
+fi
+[ ! -e "${unit%/*}/$timer" ] || systemctl -q disable --now "$timer"
+rm -rf "${unit%/*}"/beta9-k3s-token.* /run/beta9-k3s
 rm -rf "$unit" "$unit.old" "$unit.d" /usr/local/bin/beta9-agent /usr/local/bin/beta9-agent.old \
     /opt/beta9-agent /etc/beta9-agent /var/lib/beta9-agent
 systemctl daemon-reload
 ! id beta9-agent >/dev/null 2>&1 || userdel beta9-agent
 echo 'beta9-agent: gone; the gateway forgets this machine 5 minutes after its last keepalive'
+exit "$code"
 }
-{ main; exit; }
+main
 """
 
 PACKAGES = ("requests", "urllib3", "certifi", "idna", "charset-normalizer", "psutil",
@@ -3080,6 +3312,7 @@ def format_settings(settings: Mapping[str, Setting]) -> str:
     left_out = ("hostname", "machine_id", "state_dir", "token", "token_file", "k3s_token",
                 "k3s_token_file")
     lines = ['state_dir: "/var/lib/beta9-agent"', 'token_file: "/etc/beta9-agent/token"']
+    lines += K3S_SETTINGS if "k3s" in settings else []
     for option in OPTIONS:
         setting = settings.get(option.name)
         given = setting is not None and setting.rank > 0
@@ -3091,15 +3324,35 @@ def format_settings(settings: Mapping[str, Setting]) -> str:
     return "\n".join(lines).encode("ascii", "backslashreplace").decode()
 
 
+# A program for Python that fetches its argument.
+FETCH = ("import sys, urllib.request as u; sys.tracebacklimit = 0;"
+         " sys.stdout.buffer.write(u.urlopen(sys.argv[1], timeout=60).read(1 << 20))")
+
+
+def format_k3s_steps(config: Config) -> str:
+    """The commands that bring k3s and its tokens; "" without --k3s. Raises AgentError."""
+    import shlex
+    if config.k3s != "install" and (config.k3s_version or config.k3s_installer_sha256):
+        raise AgentError("--k3s-version and --k3s-installer-sha256 go with --k3s install: add that")
+    if not config.k3s:
+        return ""
+    if config.k3s_token:
+        raise AgentError("--k3s has k3s make the token: leave out --k3s-token and its file")
+    words = {"{fetch}": shlex.quote(FETCH), "{k3s_version}": config.k3s_version or "''",
+             "{k3s_installer_sha256}": config.k3s_installer_sha256 or "''"}
+    steps = K3S_INSTALL if config.k3s == "install" else ""
+    for word, text in words.items():
+        steps = steps.replace(word, text)
+    return f"\nmanifests=/var/lib/rancher/k3s/server/manifests\n{steps}{K3S_USE}"
+
+
 def format_payload(program: bytes, url: str) -> str:
     """The commands that bring the agent: from within the script, or from an address."""
     import base64
     import bz2
     import shlex
     if url:
-        code = ("import sys, urllib.request as u; sys.tracebacklimit = 0;"
-                " sys.stdout.buffer.write(u.urlopen(sys.argv[1], timeout=60).read(1 << 20))")
-        return f'"$base" -I -c {shlex.quote(code)} {shlex.quote(url)} >"$program.new"'
+        return f'"$base" -I -c {shlex.quote(FETCH)} {shlex.quote(url)} >"$program.new"'
     # bzip2 and base85, by Python's own modules: gzip and base64 would take user-data over its
     # common limit of 64 KiB.
     code = ("import base64, bz2, sys; text = ''.join(sys.stdin.read().split());"
@@ -3144,7 +3397,8 @@ def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
              "machine_id": config.machine_id or "", "token": quoted(config.token),
              "k3s_token": quoted(config.k3s_token), "hidden": hidden, "sha256": digest,
              "hash": digest[:12], "packages": pin_packages(), "settings": format_settings(settings),
-             "payload": format_payload(program, config.fetch_from or "")}
+             "payload": format_payload(program, config.fetch_from or ""),
+             "k3s": format_k3s_steps(config)}
     print(re.sub(r"\{([a-z0-9_]+)\}", lambda found: words.get(found[1], found[0]), INSTALL), end="")
 
 
@@ -3168,7 +3422,9 @@ def run_agent(config: Config) -> int:
 # One of them, or none to keep the machine; and what goes with which.
 ACTIONS = ("dry_run", "check", "status", "print_install", "print_file", "print_uninstall",
            "version", "help")
-MODIFIERS = {"json": ("check", "status"), "watch": ("status",), "fetch_from": ("print_install",)}
+MODIFIERS = {"json": ("check", "status"), "watch": ("status",), "fetch_from": ("print_install",),
+             "k3s": ("print_install",), "k3s_version": ("print_install",),
+             "k3s_installer_sha256": ("print_install",)}
 
 
 def choose_action(settings: Mapping[str, Setting]) -> str:
@@ -3197,8 +3453,11 @@ def run_action(argv: list[str], redactor: Redactor) -> int:
         print(UNINSTALL, end="")
         return 0
     if action == "print_file":
-        option = next(option for option in OPTIONS if option.name == action)
-        print(FILES[parse_setting(option, settings[action])], end="")
+        name = settings[action].text
+        if name not in FILES:
+            raise AgentError(f"--print-file: the script needs no file '{printable(name, 60)}': give"
+                             f" one of {', '.join(FILES)}")
+        print(FILES[name], end="")
         return 0
     config = build_config(settings, redactor)
     if action == "check":
