@@ -2903,12 +2903,13 @@ set -eu
 umask 077
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 dir=/run/beta9-k3s
-warn() { printf '<4>%s
-' "$1" >&2; } # a warning, by sd-daemon(3)
+warn() { printf '<4>%s\n' "$1" >&2; } # a warning, by sd-daemon(3)
 trap 'rm -f "$dir"/*.new' EXIT
 place() { # name, text: the file is replaced in one step
-    printf '%s
-' "$2" >"$dir/$1.new"
+    { printf '%s\n' "$2" >"$dir/$1.new"; } 2>/dev/null || {
+        warn "$dir/$1 cannot be written, and stays as it is: make room in /run"
+        exit 1
+    }
     chgrp beta9-agent "$dir/$1.new"
     chmod 640 "$dir/$1.new"
     mv "$dir/$1.new" "$dir/$1"
