@@ -2834,16 +2834,16 @@ exec /opt/beta9-agent/venv/bin/python -I /opt/beta9-agent/beta9_agent.py \\
 """
 FILES = {"unit": UNIT, "wrapper": WRAPPER}      # which the script has the agent itself print
 
-# Of the script, {words} in braces are replaced. All of it is one function, and the call on its last
-# line stands in braces: a pipe that breaks off anywhere runs nothing. Python runs with -I, so that
-# nothing in the caller's folder or variables is run as root.
+# Of the script, {words} in braces are replaced. All of it is one function that the last line calls,
+# in one pair of braces: a pipe that breaks off anywhere runs nothing, not even half a word. Python
+# runs with -I, so that nothing in the caller's folder or variables is run as root.
 INSTALL = r"""#!/bin/sh
 # Installs {version} as a systemd service, or upgrades it.
 # Read it, then run it as root.
 # The machine token is in here, or comes from BETA9_TOKEN_FILE (a path) or BETA9_TOKEN, or is there
 # from before; the k3s token likewise. BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here.
 # Exit codes: 0 ready, 1 a step failed (what ran before still runs), 3 installed, but not ready yet.
-main() {
+{ main() {
 set -eu +a
 exec </dev/null
 umask 022
@@ -3014,17 +3014,18 @@ while [ "$tries" -lt 60 ]; do
 done
 printf '%s\n' "$shown"
 [ "$code $active" = '0 active' ] || {
+    journalctl -q -n 5 -o cat -u beta9-agent
     step 'installed but not ready, see above; it goes on trying'
     exit 3
 }
 }
-{ main; exit; }
+main; exit; }
 """
 
 UNINSTALL = r"""#!/bin/sh
 # Takes beta9-agent away: service, program, settings, tokens, state, user. Run it as root.
 # k3s and the workers in it stay.
-main() {
+{ main() {
 set -eu
 exec </dev/null
 fail() { printf 'beta9-agent: %s\n' "$1" >&2; exit 1; }
@@ -3038,7 +3039,7 @@ systemctl daemon-reload
 ! id beta9-agent >/dev/null 2>&1 || userdel beta9-agent
 echo 'beta9-agent: gone; the gateway forgets this machine 5 minutes after its last keepalive'
 }
-{ main; exit; }
+main; exit; }
 """
 
 PACKAGES = ("requests", "urllib3", "certifi", "idna", "charset-normalizer", "psutil",
