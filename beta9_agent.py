@@ -1051,10 +1051,14 @@ def read_clock() -> float:
 
 
 def read_process_start(pid: int) -> str:
-    """Tells a process from a later one with its pid; "" where this cannot be found out."""
+    """Tells a process from a later one with its pid; "" where this cannot be found out.
+
+    In ticks since the boot. The boot's own id would be another for a service in a container than
+    for whoever asks there (systemd-nspawn).
+    """
     with contextlib.suppress(OSError, IndexError):
-        with open("/proc/sys/kernel/random/boot_id") as boot, open(f"/proc/{pid}/stat") as process:
-            return boot.read().strip() + " " + process.read().rpartition(")")[2].split()[19]
+        with open(f"/proc/{pid}/stat") as process:
+            return process.read().rpartition(")")[2].split()[19]
     with contextlib.suppress(Exception):    # on macOS, where psutil is there
         import psutil
         return str(psutil.Process(pid).create_time())
@@ -2316,7 +2320,10 @@ class Status:
     def is_running(self) -> bool:
         """Whether the process that wrote it is still there."""
         pid, start = number_in(self.record, "pid"), self.record.get("process_start")
-        if pid is None or not 0 < pid < 2 ** 31 or self.record.get("state") == "stopped":
+        written_before_boot = (self.ago("clock") or 0.0) < 0
+        if written_before_boot or self.record.get("state") == "stopped":
+            return False
+        if pid is None or not 0 < pid < 2 ** 31:
             return False
         try:
             os.kill(int(pid), 0)

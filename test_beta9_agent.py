@@ -4531,9 +4531,10 @@ GOOD_RECORD = {
     ({"state": "stopped"}, 5001, 3, "not running"), ({"pid": 2 ** 22 + 1}, 5001, 3, "not running"),
     ({"process_start": "of another process"}, 5001, 3, "not running"), ({"process_start": ""}, 5001, 0, "ready"),
     ({"pid": 1, "process_start": b9.read_process_start(1)}, 5001, 0, "ready"),
+    ({}, 4999, 3, "not running"),       # of before the boot, and the process number is taken again
     ({"pid": "x"}, 5001, 3, "not running"), ({"pid": -1}, 5001, 3, "not running")],
     ids=["ready", "29-s-late", "stuck", "lease-over", "failing", "starting", "no-work", "warning", "stopped",
-         "no-process", "other-process", "start-unknown", "another-user's", "odd-pid", "negative-pid"])
+         "no-process", "other-process", "start-unknown", "another-user's", "before-boot", "odd-pid", "negative-pid"])
 def test_status_judges_a_record(change, now, code, words):
     found, said = b9.Status({**GOOD_RECORD, **change}, now).judge()
     assert found == code and words in said
