@@ -2872,8 +2872,10 @@ clean() {
     code=$?
     rm -rf "$opt/venv.new" "$etc/token.old" "$etc/k3s-token.old"
     for file in $files; do rm -f "$file.new"; done
-    [ "$code" = 0 ] || [ "$code" = 3 ] || printf 'beta9-agent: failed while %s; %s\n' "$doing" \
-        'the lines above say why. Mend that and run this again' >&2
+    [ "$code" != 0 ] && [ -n "$doing" ] || return 0
+    printf 'beta9-agent: failed while %s; the lines above say why. Mend that and run this again\n' \
+        "$doing" >&2
+    exit 1 # whatever the child's code was
 }
 trap clean EXIT
 catch_signals() { trap 'fail "stopped by a signal"' HUP INT PIPE TERM; }
@@ -2934,7 +2936,7 @@ if ! find_python; then
     find_python || fail 'Python 3.10 or newer with its venv module is missing: install it'
 fi
 
-step "making user $user"
+step "making user $user and its folders"
 id "$user" >/dev/null 2>&1 || useradd --system --user-group --home-dir "$state" \
     --shell /usr/sbin/nologin "$user"
 mkdir -p "$opt" "$etc" "${wrapper%/*}"
@@ -3004,7 +3006,7 @@ systemctl -q enable beta9-agent
 systemctl restart --no-block beta9-agent
 case $0 in /var/lib/cloud/*) step 'started: beta9-agent --status tells more'; exit 0 ;; esac
 
-step 'waiting until it is ready, for 60 s at most'
+step 'waiting until it is ready, for about a minute'
 tries=0
 while [ "$tries" -lt 60 ]; do
     sleep 1
@@ -3021,8 +3023,9 @@ while [ "$tries" -lt 60 ]; do
 done
 printf '%s\n' "$shown"
 [ "$code $active" = '0 active' ] || {
-    journalctl -q -n 5 -o cat -u beta9-agent
+    [ "$code" != 3 ] || journalctl -q -n 5 -o cat -u beta9-agent
     step 'installed but not ready, see above; it goes on trying'
+    doing=
     exit 3
 }
 }
@@ -3125,6 +3128,8 @@ def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
     if config.machine_id:
         LOG.warning("--machine-id is in this script: run it on one machine only, or set"
                     " BETA9_MACHINE_ID there")
+    if "state_dir" in settings:
+        LOG.warning("--state-dir is left out: the service's is /var/lib/beta9-agent")
     if config.ca_file:
         LOG.warning("%s must be on the machine too, where its service can read it: not under /home,"
                     " /root or /tmp", os.path.abspath(config.ca_file))

@@ -5372,6 +5372,7 @@ def test_print_install_settings_are_those_that_were_given(box):
         "state_dir": "/var/lib/beta9-agent", "token_file": "/etc/beta9-agent/token", "gateway.port": "1234",
         "gateway.tls": "yes", "max_cpu": "2", "max_gpus": "3"}
     assert "${BETA9_HOSTNAME:-h}" in script
+    assert "--state-dir is left out" in prints("--state-dir", "/elsewhere").stderr
 
 
 @beside
@@ -5452,16 +5453,17 @@ def test_print_install_script_that_is_cut_off_runs_nothing(box, form):
     os.chmod(box.folder, 0o755)
     for word in [*("main"[:size] for size in range(1, 5)), *("exit"[:size] for size in range(1, 4))]:
         stub(box.folder / word, "echo started")
-    head, end = script.index("main() {") + 10, len(script) - 1
-    cuts = [*range(0, head), *random.Random(1).sample(range(head, end - 30), 40), *range(end - 30, end)]
-    for cut in cuts:
-        done = subprocess.run(["/bin/sh"], input=script[:cut], capture_output=True, text=True, timeout=50,
-                              env={"PATH": str(box.folder)}, user="nobody" if os.geteuid() == 0 else None)
-        said = done.stdout + done.stderr.replace("beta9-agent: not found", "")
-        assert "started" not in said and "beta9-agent:" not in said, (cut, said)
+    (box.folder / "script").write_text(script)
+    start, end = script.index("{ main() {"), len(script.encode()) - 1
+    some = random.Random(1).sample(range(start), 40) + random.Random(2).sample(range(start, end), 40)
+    cuts = [*some, *range(start, start + 30), *range(end - 30, end)]
+    loop = 'for cut; do echo $cut; head -c $cut script | env -i PATH=. /bin/sh; done 2>&1'
+    done = subprocess.run([*SHELL, loop, "sh", *map(str, cuts)], cwd=box.folder, capture_output=True, text=True,
+                          timeout=50, user="nobody" if os.geteuid() == 0 else None)
+    assert done.stdout.startswith(f"{cuts[0]}\n") and f"\n{cuts[-1]}\n" in done.stdout
+    assert "started" not in done.stdout and "beta9-agent:" not in done.stdout
     if os.geteuid() == 0:   # else it would begin
-        done = subprocess.run(["/bin/sh"], input=script[:end], capture_output=True, text=True, timeout=50,
-                              user="nobody")
+        done = subprocess.run(["/bin/sh"], input=script, capture_output=True, text=True, timeout=50, user="nobody")
         assert done.returncode == 1 and "beta9-agent: this must run as root" in done.stderr
 
 
@@ -5712,8 +5714,8 @@ class Root:
         output, errors = process.communicate(input, timeout=100)
         return subprocess.CompletedProcess(words, process.returncode, output, errors)
 
-    def install(self, script, code=0, **more):
-        done = self.run("sh", input=script, **more)
+    def install(self, script, code=0, shell="sh", **more):
+        done = self.run(shell, input=script, **more)
         assert done.returncode == code, done
         return done
 
@@ -5844,9 +5846,12 @@ def test_install_upgrade_uninstall_in_a_bare_root(root, another):
     assert shown.returncode == 0 and "ready since" in shown.stdout, shown
     refused = root.run("beta9-agent", "--once")
     assert refused.returncode == 2 and "`runuser -u beta9-agent --`" in refused.stderr
+    checked = json.loads(root.run("beta9-agent", "--check", "--json").stdout)
+    assert any("an agent runs here: ready since" in finding["text"] for finding in checked["findings"]), checked
+    assert "other users can read" not in root.log()
 
     pid, after = root.pid_of_ready(), len(root.gateway.seen)
-    done = root.install(printed(*WELL, "--max-cpu", "1", program=another))
+    done = root.install(printed(*WELL, "--max-cpu", "1", program=another), shell="bash")
     assert done.stderr == "" and "Python packages" not in done.stdout
     assert root.pid_of_ready() != pid and root.gateway.ready(after)
     assert (root.folder / OPT / "beta9_agent.py").read_bytes() == another.read_bytes()
@@ -6083,8 +6088,10 @@ def test_install_without_venv_module_asks_the_package_manager(root):
     assert (root.folder / "var/log/apt").read_text().startswith("-qq update\n-qq -y -o DPkg::Lock::Timeout=300 install")
     root.install(prints(action="--print-uninstall").stdout)
     root.run("sh", "-c", hide, place)
-    root.program("apt-get", "#!/bin/sh\nexit 0\n")
-    assert "Python 3.10 or newer with its venv module is missing" in root.install(printed("--token", TOKEN), 1).stderr
+    for code, words in ((0, "Python 3.10 or newer with its venv module is missing"),
+                        (3, "failed while installing Python")):
+        root.program("apt-get", f"#!/bin/sh\nexit {code}\n")
+        assert words in root.install(printed("--token", TOKEN), 1).stderr
 
 
 # ---- README's words on trust
