@@ -1057,10 +1057,14 @@ def read_clock() -> float:
 
 
 def read_process_start(pid: int) -> str:
-    """When a process started, to recognise a reused pid; "" where this cannot be found out."""
+    """When a process started, to recognise a reused pid; "" where this cannot be found out.
+
+    In ticks since the boot. The boot's own id would be another for a service in a container than
+    for whoever asks there (systemd-nspawn).
+    """
     with contextlib.suppress(OSError, IndexError):
-        with open("/proc/sys/kernel/random/boot_id") as boot, open(f"/proc/{pid}/stat") as process:
-            return boot.read().strip() + " " + process.read().rpartition(")")[2].split()[19]
+        with open(f"/proc/{pid}/stat") as process:
+            return process.read().rpartition(")")[2].split()[19]
     with contextlib.suppress(Exception):    # on macOS, where psutil is there
         import psutil
         return str(psutil.Process(pid).create_time())
@@ -2332,7 +2336,10 @@ class Status:
     def is_running(self) -> bool:
         """Whether the process that wrote it is still there."""
         pid, start = number_in(self.record, "pid"), self.record.get("process_start")
-        if pid is None or not 0 < pid < 2 ** 31 or self.record.get("state") == "stopped":
+        written_before_boot = (self.ago("clock") or 0.0) < 0
+        if written_before_boot or self.record.get("state") == "stopped":
+            return False
+        if pid is None or not 0 < pid < 2 ** 31:
             return False
         try:
             os.kill(int(pid), 0)
@@ -2850,16 +2857,16 @@ exec /opt/beta9-agent/venv/bin/python -I /opt/beta9-agent/beta9_agent.py \\
 """
 FILES = {"unit": UNIT, "wrapper": WRAPPER}      # which the script has the agent itself print
 
-# Of the script, {words} in braces are replaced. All of it is one function, and the call on its last
-# line stands in braces: a pipe that breaks off anywhere runs nothing. Python runs with -I, so that
-# nothing in the caller's folder or variables is run as root.
+# Of the script, {words} in braces are replaced. All of it is one function that the last line calls,
+# in one pair of braces: a pipe that breaks off anywhere runs nothing, not even half a word. Python
+# runs with -I, so that nothing in the caller's folder or variables is run as root.
 INSTALL = r"""#!/bin/sh
 # Installs {version} as a systemd service, or upgrades it.
 # Read it, then run it as root.
 # The machine token is in here, or comes from BETA9_TOKEN_FILE (a path) or BETA9_TOKEN, or is there
 # from before; the k3s token likewise. BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here.
 # Exit codes: 0 ready, 1 a step failed (what ran before still runs), 3 installed, but not ready yet.
-main() {
+{ main() {
 set -eu +a
 exec </dev/null
 umask 022
@@ -2881,8 +2888,10 @@ clean() {
     code=$?
     rm -rf "$opt/venv.new" "$etc/token.old" "$etc/k3s-token.old"
     for file in $files; do rm -f "$file.new"; done
-    [ "$code" = 0 ] || [ "$code" = 3 ] || printf 'beta9-agent: failed while %s; %s\n' "$doing" \
-        'the lines above say why. Mend that and run this again' >&2
+    [ "$code" != 0 ] && [ -n "$doing" ] || return 0
+    printf 'beta9-agent: failed while %s; the lines above say why. Mend that and run this again\n' \
+        "$doing" >&2
+    exit 1 # whatever the child's code was
 }
 trap clean EXIT
 catch_signals() { trap 'fail "stopped by a signal"' HUP INT PIPE TERM; }
@@ -2943,7 +2952,7 @@ if ! find_python; then
     find_python || fail 'Python 3.10 or newer with its venv module is missing: install it'
 fi
 
-step "making user $user"
+step "making user $user and its folders"
 id "$user" >/dev/null 2>&1 || useradd --system --user-group --home-dir "$state" \
     --shell /usr/sbin/nologin "$user"
 mkdir -p "$opt" "$etc" "${wrapper%/*}"
@@ -3013,7 +3022,7 @@ systemctl -q enable beta9-agent
 systemctl restart --no-block beta9-agent
 case $0 in /var/lib/cloud/*) step 'started: beta9-agent --status tells more'; exit 0 ;; esac
 
-step 'waiting until it is ready, for 60 s at most'
+step 'waiting until it is ready, for about a minute'
 tries=0
 while [ "$tries" -lt 60 ]; do
     sleep 1
@@ -3030,17 +3039,19 @@ while [ "$tries" -lt 60 ]; do
 done
 printf '%s\n' "$shown"
 [ "$code $active" = '0 active' ] || {
+    [ "$code" != 3 ] || journalctl -q -n 5 -o cat -u beta9-agent
     step 'installed but not ready, see above; it goes on trying'
+    doing=
     exit 3
 }
 }
-{ main; exit; }
+main; exit; }
 """
 
 UNINSTALL = r"""#!/bin/sh
 # Takes beta9-agent away: service, program, settings, tokens, state, user. Run it as root.
 # k3s and the workers in it stay.
-main() {
+{ main() {
 set -eu
 exec </dev/null
 fail() { printf 'beta9-agent: %s\n' "$1" >&2; exit 1; }
@@ -3054,7 +3065,7 @@ systemctl daemon-reload
 ! id beta9-agent >/dev/null 2>&1 || userdel beta9-agent
 echo 'beta9-agent: gone; the gateway forgets this machine 5 minutes after its last keepalive'
 }
-{ main; exit; }
+main; exit; }
 """
 
 PACKAGES = ("requests", "urllib3", "certifi", "idna", "charset-normalizer", "psutil",
@@ -3133,6 +3144,8 @@ def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
     if config.machine_id:
         LOG.warning("--machine-id is in this script: run it on one machine only, or set"
                     " BETA9_MACHINE_ID there")
+    if "state_dir" in settings:
+        LOG.warning("--state-dir is left out: the service's is /var/lib/beta9-agent")
     if config.ca_file:
         LOG.warning("%s must be on the machine too, where its service can read it: not under /home,"
                     " /root or /tmp", os.path.abspath(config.ca_file))
