@@ -1065,10 +1065,14 @@ def read_clock() -> float:
 
 
 def read_process_start(pid: int) -> str:
-    """When a process started, to recognise a reused pid; "" where this cannot be found out."""
+    """When a process started, to recognise a reused pid; "" where this cannot be found out.
+
+    In ticks since the boot. The boot's own id would be another for a service in a container than
+    for whoever asks there (systemd-nspawn).
+    """
     with contextlib.suppress(OSError, IndexError):
-        with open("/proc/sys/kernel/random/boot_id") as boot, open(f"/proc/{pid}/stat") as process:
-            return boot.read().strip() + " " + process.read().rpartition(")")[2].split()[19]
+        with open(f"/proc/{pid}/stat") as process:
+            return process.read().rpartition(")")[2].split()[19]
     with contextlib.suppress(Exception):    # on macOS, where psutil is there
         import psutil
         return str(psutil.Process(pid).create_time())
@@ -2340,7 +2344,10 @@ class Status:
     def is_running(self) -> bool:
         """Whether the process that wrote it is still there."""
         pid, start = number_in(self.record, "pid"), self.record.get("process_start")
-        if pid is None or not 0 < pid < 2 ** 31 or self.record.get("state") == "stopped":
+        written_before_boot = (self.ago("clock") or 0.0) < 0
+        if written_before_boot or self.record.get("state") == "stopped":
+            return False
+        if pid is None or not 0 < pid < 2 ** 31:
             return False
         try:
             os.kill(int(pid), 0)
@@ -3068,9 +3075,9 @@ K3S_SETTINGS = ['k3s_wait: "yes"', 'k3s_token_file: "/run/beta9-k3s/gateway-toke
                 'k3s_node_token_file: "/run/beta9-k3s/agent-token"',
                 'k3s_ca_file: "/run/beta9-k3s/ca.crt"']
 
-# Of the script, {words} in braces are replaced. All of it is one function, and the call on its last
-# line stands in braces: a pipe that breaks off anywhere runs nothing. Python runs with -I, so that
-# nothing in the caller's folder or variables is run as root.
+# Of the script, {words} in braces are replaced. All of it is one function that the last line calls,
+# in one pair of braces: a pipe that breaks off anywhere runs nothing, not even half a word. Python
+# runs with -I, so that nothing in the caller's folder or variables is run as root.
 INSTALL = r"""#!/bin/sh
 # Installs {version} as a systemd service, or upgrades it.
 # Read it, then run it as root.
@@ -3078,7 +3085,7 @@ INSTALL = r"""#!/bin/sh
 # from before; the k3s token likewise. BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here.
 # Exit codes: 0 ready, 1 a step failed (what ran before still runs), 3 installed, but not ready yet.
 # shellcheck disable=SC2086  # words are meant to be split, of $packages and $units alone
-main() {
+{ main() {
 set -eu +a
 exec </dev/null
 umask 022
@@ -3100,8 +3107,10 @@ clean() {
     code=$?
     rm -rf "$opt/venv.new" "$etc/token.old" "$etc/k3s-token.old"
     for file in $files; do rm -f "$file.new"; done
-    [ "$code" = 0 ] || [ "$code" = 3 ] || printf 'beta9-agent: failed while %s; %s\n' "$doing" \
-        'the lines above say why. Mend that and run this again' >&2
+    [ "$code" != 0 ] && [ -n "$doing" ] || return 0
+    printf 'beta9-agent: failed while %s; the lines above say why. Mend that and run this again\n' \
+        "$doing" >&2
+    exit 1 # whatever the child's code was
 }
 trap clean EXIT
 catch_signals() { trap 'fail "stopped by a signal"' HUP INT PIPE TERM; }
@@ -3162,7 +3171,7 @@ if ! find_python; then
     find_python || fail 'Python 3.10 or newer with its venv module is missing: install it'
 fi
 
-step "making user $user"
+step "making user $user and its folders"
 id "$user" >/dev/null 2>&1 || useradd --system --user-group --home-dir "$state" \
     --shell /usr/sbin/nologin "$user"
 mkdir -p "$opt" "$etc" "${wrapper%/*}"
@@ -3232,7 +3241,7 @@ systemctl -q enable $units
 systemctl restart --no-block $units
 case $0 in /var/lib/cloud/*) step 'started: beta9-agent --status tells more'; exit 0 ;; esac
 
-step 'waiting until it is ready, for 60 s at most'
+step 'waiting until it is ready, for about a minute'
 tries=0
 while [ "$tries" -lt 60 ]; do
     sleep 1
@@ -3249,17 +3258,19 @@ while [ "$tries" -lt 60 ]; do
 done
 printf '%s\n' "$shown"
 [ "$code $active" = '0 active' ] || {
+    [ "$code" != 3 ] || journalctl -q -n 5 -o cat -u beta9-agent
     step 'installed but not ready, see above; it goes on trying'
+    doing=
     exit 3
 }
 }
-{ main; exit; }
+main; exit; }
 """
 
 UNINSTALL = r"""#!/bin/sh
 # Takes beta9-agent away: service, program, settings, tokens, state, user. Run it as root.
 # k3s and the workers in it stay.
-main() {
+{ main() {
 set -eu
 exec </dev/null
 fail() { printf 'beta9-agent: %s\n' "$1" >&2; exit 1; }
@@ -3274,8 +3285,8 @@ if [ -e "$manifest" ]; then
         rolebinding/beta9-gateway clusterrole/beta9-agent clusterrolebinding/beta9-agent
     k3s kubectl delete -n default --ignore-not-found --request-timeout=10s "$@" || {
         code=1
-        echo "beta9-agent: k3s does not answer, so its tokens stay valid. Revoke them later, with
-    k3s kubectl delete -n default --ignore-not-found $*" >&2
+        printf 'beta9-agent: %s\n' 'k3s does not answer, so its tokens stay valid; revoke them by' \
+            "k3s kubectl delete -n default --ignore-not-found $*" >&2
     }
 fi
 [ ! -e "${unit%/*}/$timer" ] || systemctl -q disable --now "$timer"
@@ -3285,9 +3296,9 @@ rm -rf "$unit" "$unit.old" "$unit.d" /usr/local/bin/beta9-agent /usr/local/bin/b
 systemctl daemon-reload
 ! id beta9-agent >/dev/null 2>&1 || userdel beta9-agent
 echo 'beta9-agent: gone; the gateway forgets this machine 5 minutes after its last keepalive'
-exit "$code"
+return "$code"
 }
-main
+main; exit; }
 """
 
 PACKAGES = ("requests", "urllib3", "certifi", "idna", "charset-normalizer", "psutil",
@@ -3387,6 +3398,8 @@ def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
     if config.machine_id:
         LOG.warning("--machine-id is in this script: run it on one machine only, or set"
                     " BETA9_MACHINE_ID there")
+    if "state_dir" in settings:
+        LOG.warning("--state-dir is left out: the service's is /var/lib/beta9-agent")
     if config.ca_file:
         LOG.warning("%s must be on the machine too, where its service can read it: not under /home,"
                     " /root or /tmp", os.path.abspath(config.ca_file))

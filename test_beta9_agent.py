@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import atexit
 import base64
+import bz2
 import collections
 import concurrent.futures
 import contextlib
@@ -13,8 +14,10 @@ import errno
 import fcntl
 import gc
 import gzip
+import hashlib
 import heapq
 import http.client
+import importlib.metadata
 import inspect
 import ipaddress
 import itertools
@@ -42,6 +45,7 @@ import termios
 import threading
 import time
 import urllib.parse
+import zipfile
 
 import certifi
 import psutil
@@ -4527,9 +4531,10 @@ GOOD_RECORD = {
     ({"state": "stopped"}, 5001, 3, "not running"), ({"pid": 2 ** 22 + 1}, 5001, 3, "not running"),
     ({"process_start": "of another process"}, 5001, 3, "not running"), ({"process_start": ""}, 5001, 0, "ready"),
     ({"pid": 1, "process_start": b9.read_process_start(1)}, 5001, 0, "ready"),
+    ({}, 4999, 3, "not running"),       # of before the boot, and the process number is taken again
     ({"pid": "x"}, 5001, 3, "not running"), ({"pid": -1}, 5001, 3, "not running")],
     ids=["ready", "29-s-late", "stuck", "lease-over", "failing", "starting", "no-work", "warning", "stopped",
-         "no-process", "other-process", "start-unknown", "another-user's", "odd-pid", "negative-pid"])
+         "no-process", "other-process", "start-unknown", "another-user's", "before-boot", "odd-pid", "negative-pid"])
 def test_status_judges_a_record(change, now, code, words):
     found, said = b9.Status({**GOOD_RECORD, **change}, now).judge()
     assert found == code and words in said
@@ -5285,6 +5290,808 @@ def stub(path, text="exit 0"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
+
+
+# ---- 13 Install
+ODD_NAMES = {"quotes": "it's \"x\" $(y)", "shell": "a\\b `c` ${d} !e; f & g | h > i # j *",
+             "words": "{token} {payload}", "end": "BETA9_END", "yaml": "- x: [y, {z}] # %TAG & * ! yes 1e3",
+             "latin": "\u00e9\u00df", "far": "\u20ac\U0001f600\u2028"}
+WELL = ("--gateway-host", "127.0.0.1", "--hostname", "box", "--offer-always", "--k3s-token", K3S)
+needs_shellcheck = pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
+SYSTEM_PYTHON = "/usr/bin/python3"
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("unshare") or subprocess.call(
+        ["sh", "-c", f"{SYSTEM_PYTHON} -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2>&-"]) != 0,
+    reason="needs root, unshare, and Python 3.10 with venv in /usr/bin")
+
+
+def prints(*options, program=PROGRAM, python=(), action="--print-install", **environ):
+    """What the program prints, into a pipe."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("BETA9_")}
+    return subprocess.run([sys.executable, *python, program, action, *options], capture_output=True, text=True,
+                          timeout=50, env=kept | environ)
+
+
+def printed(*options, **more):
+    """The script."""
+    done = prints(*options, **more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def heredoc(script, of):
+    """What stands in the script for a command that begins so."""
+    return re.search(rf"^{re.escape(of)}[^\n]*<<'BETA9_END'\n(.*?)^BETA9_END$", script, re.S | re.M)[1]
+
+
+FORMS = {"carried": ["--token", TOKEN, *WELL], "fetched": ["--fetch-from", "https://x.example/agent.py?a=b&c='d'"],
+         "odd": ["--pool-name", ODD_NAMES["shell"], "--provider-name", ODD_NAMES["quotes"]]}
+
+
+@needs_shellcheck
+@pytest.mark.parametrize("form", [*FORMS, "uninstall"])
+@beside
+def test_print_install_script_is_sh_in_which_shellcheck_finds_nothing(form):
+    script = prints(action="--print-uninstall").stdout if form == "uninstall" else printed(*FORMS[form])
+    for words in (["sh", "-n"], ["bash", "--posix", "-n"], ["shellcheck", "--shell=sh", "-"]):
+        done = subprocess.run(words, input=script, capture_output=True, text=True, timeout=50)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), words
+
+
+@beside
+def test_print_install_script_fits_into_user_data():
+    carried, fetched = (len(printed(*FORMS[form]).encode()) for form in ("carried", "fetched"))
+    print(f"the script has {carried} bytes, {fetched} with --fetch-from")
+    assert carried < 65536 and fetched < 16384
+
+
+@beside
+def test_print_install_script_carries_this_very_file():
+    text = heredoc(printed(), '"$base" -I -c')
+    assert bz2.decompress(base64.b85decode(text.replace("\n", ""))) == SOURCE.read_bytes()
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@beside
+def test_print_install_odd_name_reaches_the_agent_as_it_was_typed(name):
+    """Through the shell, with a program whose output is ASCII."""
+    script = printed("--pool-name", ODD_NAMES[name], "--provider-name", "p", PYTHONIOENCODING="ascii")
+    text = subprocess.run(["sh"], input=f"cat <<'BETA9_END'\n{heredoc(script, 'cat')}BETA9_END\n", text=True,
+                          capture_output=True, timeout=50).stdout
+    settings = b9.parse_tree(text)
+    assert settings["pool_name"] == ODD_NAMES[name] and settings["provider_name"] == "p"
+    assert settings["token_file"] == "/etc/beta9-agent/token"
+
+
+@beside
+def test_print_install_settings_are_those_that_were_given(box):
+    (box.folder / "c").write_text("gateway:\n  port: 1234\nmax_cpu: 2\nstate_dir: /elsewhere\n")
+    script = printed("--config", str(box.folder / "c"), "--tls", "--token", TOKEN, "--hostname", "h",
+                     BETA9_MAX_GPUS="3")
+    assert b9.parse_tree(heredoc(script, "cat")) == {
+        "state_dir": "/var/lib/beta9-agent", "token_file": "/etc/beta9-agent/token", "gateway.port": "1234",
+        "gateway.tls": "yes", "max_cpu": "2", "max_gpus": "3"}
+    assert "${BETA9_HOSTNAME:-h}" in script
+    assert "--state-dir is left out" in prints("--state-dir", "/elsewhere").stderr
+
+
+@beside
+def test_print_install_root_certificates_keep_their_place(certificates):
+    path = os.path.relpath(certificates / "ca.pem")
+    done = prints("--ca-file", path)
+    assert b9.parse_tree(heredoc(done.stdout, "cat"))["gateway.ca_file"] == str(certificates / "ca.pem")
+    assert f"{certificates / 'ca.pem'} must be on the machine too" in done.stderr
+
+
+@beside
+def test_print_install_tokens_go_into_a_pipe_with_a_warning():
+    done = prints("--token", TOKEN, "--k3s-token", K3S)
+    assert f"token={TOKEN}\n" in done.stdout and f"k3s_token={K3S}\n" in done.stdout
+    line, = done.stderr.splitlines()
+    assert "what is printed holds the tokens" in line and TOKEN not in line
+
+
+@beside
+def test_print_install_tokens_do_not_show_on_a_terminal():
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, PROGRAM, "--print-install", "--token", TOKEN, "--k3s-token", K3S])
+    shown = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(terminal, 65536):
+            shown += data
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    text = shown.decode()
+    assert text.count("\u2026") == 4 and "on a terminal tokens are not shown" in text
+    assert leaks(text, TOKEN, K3S) == []
+
+
+@beside
+def test_print_install_without_token_warns_of_nothing():
+    assert prints().stderr == ""
+
+
+@beside
+def test_print_install_machine_id_warns_of_more_machines():
+    done = prints("--machine-id", "1165A9B6")
+    assert "${BETA9_MACHINE_ID:-1165a9b6}" in done.stdout and "one machine only" in done.stderr
+
+
+@beside
+def test_print_install_packages_are_those_of_this_interpreter():
+    line = re.search("^packages='(.*)'$", printed(), re.M)[1]
+    assert line.split() == [f"{name}=={importlib.metadata.version(name)}" for name in b9.PACKAGES]
+
+
+@beside
+def test_print_install_packages_that_are_missing_stay_open_with_a_warning():
+    done = prints(python=["-S"])
+    assert f"\npackages='{' '.join(b9.PACKAGES)}'\n" in done.stdout
+    assert done.stderr.count("is not installed here, so its version is left open") == len(b9.PACKAGES)
+
+
+@beside
+def test_print_install_of_what_came_through_a_pipe_says_to_save_it():
+    done = subprocess.run([sys.executable, "-", "--print-install"], input=TEXT, capture_output=True, text=True,
+                          timeout=50)
+    assert (done.returncode, done.stdout) == (2, "") and "save it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@beside
+def test_print_install_bad_setting_prints_no_script():
+    done = prints("--pool-name", "a\nb")
+    assert (done.returncode, done.stdout) == (2, "") and "--pool-name" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["carried", "fetched", "uninstall"])
+@beside
+def test_print_install_script_that_is_cut_off_runs_nothing(box, form):
+    """As a user who may not install anything, where all that its words could mean is a program that says so."""
+    script = prints(action="--print-uninstall").stdout if form == "uninstall" else printed(*FORMS[form])
+    os.chmod(ROOT, 0o755)
+    os.chmod(box.folder, 0o755)
+    for word in [*("main"[:size] for size in range(1, 5)), *("exit"[:size] for size in range(1, 4))]:
+        stub(box.folder / word, "echo started")
+    (box.folder / "script").write_text(script)
+    start, end = script.index("{ main() {"), len(script.encode()) - 1
+    some = random.Random(1).sample(range(start), 40) + random.Random(2).sample(range(start, end), 40)
+    cuts = [*some, *range(start, start + 30), *range(end - 30, end)]
+    loop = 'for cut; do echo $cut; head -c $cut script | env -i PATH=. /bin/sh; done 2>&1'
+    done = subprocess.run([*SHELL, loop, "sh", *map(str, cuts)], cwd=box.folder, capture_output=True, text=True,
+                          timeout=50, user="nobody" if os.geteuid() == 0 else None)
+    assert done.stdout.startswith(f"{cuts[0]}\n") and f"\n{cuts[-1]}\n" in done.stdout
+    assert "started" not in done.stdout and "beta9-agent:" not in done.stdout
+    if os.geteuid() == 0:   # else it would begin
+        done = subprocess.run(["/bin/sh"], input=script, capture_output=True, text=True, timeout=50, user="nobody")
+        assert done.returncode == 1 and "beta9-agent: this must run as root" in done.stderr
+
+
+UNIT_LINES = [line for line in b9.UNIT.splitlines() if "=" in line]
+
+
+@pytest.fixture
+def unit(tmp_path):
+    """The unit as a file, with a program that is there."""
+    path = tmp_path / "beta9-agent.service"
+    path.write_text(re.sub("^ExecStart=.*", f"ExecStart={sys.executable} {SOURCE}", b9.UNIT, flags=re.M))
+    return str(path)
+
+
+@needs_systemd
+def test_unit_verified_by_systemd_is_silent(unit):
+    done = analyze("verify", unit)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@needs_systemd
+def test_unit_exposure_is_at_most_2_5(unit):
+    if "--offline" not in analyze("--help").stdout:
+        pytest.skip("systemd before 250 rates no file")
+    done = analyze("security", "--offline=true", unit)
+    found = float(re.search(r"exposure level for beta9-agent.service: ([0-9.]+)", done.stdout)[1])
+    print(f"`systemd-analyze security` says {found} of 10")
+    assert found <= 2.5
+
+
+@pytest.mark.parametrize("line", [
+    "Type=notify", "TimeoutStartSec=infinity", "WatchdogSec=120", "Restart=always", "RestartSec=30",
+    "StartLimitIntervalSec=0", "RestartPreventExitStatus=2", "KillMode=mixed", "User=beta9-agent",
+    "StateDirectory=beta9-agent", "NoNewPrivileges=yes", "LimitCORE=0", "After=multi-user.target",
+    "WantedBy=multi-user.target", "ExecStart=/opt/beta9-agent/venv/bin/python -I /opt/beta9-agent/beta9_agent.py"
+    " --config /etc/beta9-agent/agent.yaml"])
+def test_unit_directive_is_there_once(line):
+    assert UNIT_LINES.count(line) == 1
+
+
+def test_unit_what_would_hide_gpus_or_proc_is_not_there():
+    names = {line.split("=")[0] for line in UNIT_LINES}
+    assert names.isdisjoint({"PrivateDevices", "DeviceAllow", "DevicePolicy", "ProtectClock", "ProcSubset",
+                             "PrivateNetwork", "PrivateUsers", "MemoryDenyWriteExecute", "RootDirectory"})
+    families = next(line for line in UNIT_LINES if line.startswith("RestrictAddressFamilies="))
+    assert {"AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"} <= set(families.split("=")[1].split())
+
+
+def test_unit_holds_no_secret_and_no_setting():
+    assert not any(line.startswith(("Environment", "PassEnvironment=")) for line in UNIT_LINES)
+    assert "token" not in b9.UNIT.lower() and "BETA9_" not in b9.UNIT
+
+
+class Network:
+    """A network namespace with nothing but loopback in it."""
+
+    def __init__(self):
+        self.file = None
+
+    def do(self, make):
+        """What `make` returns in there; threads that it starts stay."""
+        def inside():
+            if self.file is None:
+                assert libc.unshare(0x40000000) == 0, os.strerror(ctypes.get_errno())    # CLONE_NEWNET
+                with socket.socket() as sock:
+                    up = struct.pack("16sh14x", b"lo", 1)                 # IFF_UP
+                    fcntl.ioctl(sock, 0x8914, up)                         # SIOCSIFFLAGS
+                self.file = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+            else:
+                assert libc.setns(self.file, 0) == 0, os.strerror(ctypes.get_errno())
+            return make()
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:    # it ends in there
+            return thread.submit(inside).result()
+
+
+# Process 1 of a root: as much of systemd as the script uses, and the service as its unit says.
+MANAGER = r'''
+import json, os, re, select, signal, socket, subprocess, time
+UNIT = "/etc/systemd/system/beta9-agent.service"
+WANTED = "/etc/systemd/system/multi-user.target.wants/beta9-agent.service"
+commands, notes = (socket.socket(socket.AF_UNIX, kind) for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM))
+notes.bind("/run/notify")
+os.chmod("/run/notify", 0o666)
+commands.bind("/run/systemctl")
+commands.listen()
+state, pid, due, loaded, processes, seen = "inactive", 0, None, "", [], []
+
+def load():
+    return open(UNIT).read() if os.path.exists(UNIT) else ""
+
+def start():
+    unit = dict(re.findall("^([A-Za-z]+)=(.*)$", loaded, re.M))
+    user, folder = unit["User"], "/var/lib/" + unit["StateDirectory"]
+    os.makedirs(folder, exist_ok=True)
+    subprocess.run(["chown", f"{user}:{user}", folder], check=True)
+    hide = "mount -t tmpfs none /home && mount -t tmpfs none /root" if unit["ProtectHome"] == "yes" else ":"
+    words = ["unshare", "--mount", "--propagation=unchanged", "sh", "-c",
+             f'{hide} && exec setpriv --reuid {user} --regid {user} --clear-groups "$@"',
+             "sh", *unit["ExecStart"].split()]
+    with open("/var/log/agent", "ab") as log:
+        process = subprocess.Popen(words, env={"NOTIFY_SOCKET": "/run/notify", "PATH": "/usr/sbin:/usr/bin"},
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log, umask=int(unit["UMask"], 8))
+    processes.append(process)
+    return process.pid
+
+def answer(words):
+    global state, pid, due, loaded
+    verb = next(word for word in words if not word.startswith("-"))
+    if verb in ("enable", "disable") and not os.path.exists(UNIT):
+        return 1, ""
+    if verb == "daemon-reload":
+        loaded = load()
+    elif verb == "enable":
+        os.makedirs(os.path.dirname(WANTED), exist_ok=True)
+        if not os.path.islink(WANTED):
+            os.symlink(UNIT, WANTED)
+    elif verb == "disable":
+        if os.path.islink(WANTED):
+            os.unlink(WANTED)
+            os.rmdir(os.path.dirname(WANTED))
+        if "--now" in words and pid:
+            os.kill(pid, signal.SIGTERM)
+            os.waitpid(pid, 0)
+            state, pid, due = "inactive", 0, None
+    elif verb == "restart":
+        due = time.monotonic()
+        if pid:
+            state = "deactivating"
+            os.kill(pid, signal.SIGTERM)
+    elif verb == "is-active":
+        return (0 if state == "active" else 3), state + "\n"
+    elif verb == "state":
+        return 0, json.dumps({"state": state, "pid": pid, "seen": seen, "enabled": os.path.islink(WANTED)})
+    else:
+        return 1, ""
+    return 0, ""
+
+loaded = load()
+if os.path.islink(WANTED):
+    due = 0
+print("up", flush=True)
+while True:
+    ready = select.select([commands, notes], [], [], 0.05)[0]
+    if notes in ready and b"READY=1" in notes.recv(4096) and state == "activating":
+        state = "active"
+    while True:
+        try:
+            child, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            break
+        if not child:
+            break
+        if child == pid:
+            pid, code = 0, os.waitstatus_to_exitcode(status)
+            if state == "deactivating":
+                state = "inactive"
+            elif code == 2:
+                state = "failed"
+            else:
+                state, due = "activating", time.monotonic() + 1
+    if due is not None and not pid and time.monotonic() >= due:
+        pid, state, due = start(), "activating", None
+    if commands in ready:
+        with commands.accept()[0] as sock, sock.makefile("rw") as file:
+            words, environ = json.loads(file.readline())
+            seen.append([words, environ])
+            file.write(json.dumps(answer(words)))
+'''
+SYSTEMCTL = """#!/usr/bin/python3 -I
+import json, os, socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.connect("/run/systemctl")
+file = sock.makefile("rw")
+file.write(json.dumps([sys.argv[1:], dict(os.environ)]) + "\\n")
+file.flush()
+code, text = json.loads(file.readline())
+print(text, end="")
+sys.exit(code)
+"""
+BOOT = r"""
+set -e
+cd "$1"
+mount --rbind /usr usr
+mount -o remount,bind,ro usr
+mount --bind local usr/local
+mount --rbind /dev dev
+mount -t proc proc proc
+mount -t tmpfs tmpfs run
+mkdir -p run/systemd/system
+eval "$2"
+exec chroot . /usr/bin/python3 -I /manager.py
+"""
+OF_ETC = ("passwd", "group", "shadow", "gshadow", "login.defs", "nsswitch.conf", "ld.so.cache", "ld.so.conf",
+          "ld.so.conf.d", "pam.d", "security", "alternatives", "default", "hosts")
+
+
+class Root:
+    """A root of its own, in which all but systemd is real; packages come from a folder, the network is loopback."""
+
+    def __init__(self, before="", template=None):
+        self.folder = pathlib.Path(tempfile.mkdtemp(dir=ROOT))
+        for name in ("usr", "dev", "proc", "run", "tmp", "home", "root", "opt", "var/lib", "var/log", "local/bin",
+                     "etc/systemd/system", "etc/ssl/certs"):
+            (self.folder / name).mkdir(parents=True)
+        self.folder.chmod(0o755)
+        (self.folder / "tmp").chmod(0o1777)
+        for name in ("bin", "sbin", "lib", "lib32", "lib64"):
+            if os.path.islink(f"/{name}"):
+                os.symlink(os.readlink(f"/{name}"), self.folder / name)
+        sources = [f"/etc/{name}" for name in OF_ETC if os.path.exists(f"/etc/{name}")]
+        subprocess.run(["cp", "-a", *sources, self.folder / "etc"], check=True)
+        (self.folder / "etc/pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n")
+        shutil.copytree(wheels(), self.folder / "wheels")
+        (self.folder / "manager.py").write_text(MANAGER)
+        self.program("systemctl", SYSTEMCTL)
+        self.program("journalctl", "#!/bin/sh\nexec tail -n 5 /var/log/agent\n")
+        if template:
+            kept = [template.folder / name for name in ("etc", "opt", "var")]
+            subprocess.run(["cp", "-a", *kept, self.folder], check=True)
+            shutil.copy(template.folder / "local/bin/beta9-agent", self.folder / "local/bin")
+        self.network = Network()
+        self.gateway = self.network.do(lambda: Gateway(port=1994))
+        self.holder = subprocess.Popen(
+            ["nsenter", f"--net=/proc/{os.getpid()}/fd/{self.network.file}", "unshare", "--mount", "--pid", "--fork",
+             "--kill-child", "sh", "-c", BOOT, "sh", self.folder, before], stdout=subprocess.PIPE, text=True)
+        assert self.holder.stdout.readline() == "up\n"
+        self.pid = psutil.Process(self.holder.pid).children()[0].pid
+
+    def program(self, name, text):
+        """Puts a program where it is found before others of its name."""
+        path = self.folder / "local/sbin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def start(self, *words, cwd="/", **environ):
+        return subprocess.Popen(
+            ["nsenter", f"--target={self.pid}", "--mount", "--pid", "--net", "--root", "--wd", "env", "-i", "-C", cwd,
+             "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin",
+             *(f"{name}={value}" for name, value in environ.items()), *words],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def run(self, *words, input="", **more):
+        """What a program in here printed, and its exit code."""
+        process = self.start(*words, **more)
+        output, errors = process.communicate(input, timeout=100)
+        return subprocess.CompletedProcess(words, process.returncode, output, errors)
+
+    def install(self, script, code=0, shell="sh", **more):
+        done = self.run(shell, input=script, **more)
+        assert done.returncode == code, done
+        return done
+
+    def state(self):
+        return json.loads(self.run("systemctl", "state").stdout)
+
+    def pid_of_ready(self):
+        """The process of the service, once it is ready."""
+        wait(lambda: self.state()["state"] == "active", self.log)
+        return self.state()["pid"]
+
+    def log(self):
+        path = self.folder / "var/log/agent"
+        return path.read_text() if path.exists() else ""
+
+    def etc(self, name):
+        return (self.folder / "etc/beta9-agent" / name).read_text()
+
+    def tree(self):
+        """Path -> owner, mode and content of all that can change, the packages' content left out."""
+        found = {}
+        for top in ("etc", "opt", "var/lib", "local", "home", "root", "tmp"):
+            for path in sorted((self.folder / top).rglob("*")):
+                status, name = path.lstat(), str(path.relative_to(self.folder))
+                content = path.read_bytes() if path.is_file() and "/venv/" not in name else b""
+                if not re.fullmatch(r"etc/(passwd|shadow|group|gshadow|subuid|subgid)-|etc/\.pwd\.lock", name):
+                    found[name] = status.st_uid, status.st_gid, oct(status.st_mode), content
+        return found
+
+    def close(self):
+        self.holder.kill()      # and with it process 1, and so all
+        self.holder.wait()
+        self.holder.stdout.close()
+        self.gateway.stop()
+        os.close(self.network.file)
+
+
+def once(make):
+    """What is made once, by whoever comes first."""
+    lock, made = threading.Lock(), []
+
+    def get():
+        with lock:
+            made[:] = made or [make()]
+        return made[0]
+    return get
+
+
+@once
+def wheels():
+    """A folder of the packages that are installed here, packed again, without what fits one Python alone."""
+    folder = pathlib.Path(tempfile.mkdtemp(dir=ROOT))
+    for name in b9.PACKAGES:
+        package = importlib.metadata.distribution(name)
+        files = {str(path): path.locate() for path in package.files if ".." not in path.parts
+                 and "__pycache__" not in path.parts and (path.suffix != ".so" or ".abi3." in path.name)}
+        info = next(path.split("/")[0] for path in files if path.endswith(".dist-info/WHEEL"))
+        binary = any(path.endswith(".so") for path in files)
+        tags = re.findall("^Tag: (.*)", package.read_text("WHEEL"), re.M) if binary else ["py3-none-any"]
+        with zipfile.ZipFile(folder / f"{info.removesuffix('.dist-info')}-{tags[-1]}.whl", "w") as wheel:
+            for path, source in files.items():
+                if path not in (f"{info}/RECORD", f"{info}/WHEEL"):
+                    wheel.write(source, path)
+            wheel.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: {str(not binary).lower()}\n"
+                           + "".join(f"Tag: {tag}\n" for tag in tags))
+            wheel.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in files))
+    return folder
+
+
+@once
+def template():
+    """A root in which the agent is installed."""
+    with contextlib.closing(Root()) as root:
+        root.install(printed("--token", TOKEN, *WELL))
+    return root
+
+
+@provided
+def root(stack, made):
+    """A bare one."""
+    return stack.enter_context(contextlib.closing(Root()))
+
+
+@provided
+def installed(stack, made):
+    """One in which the agent was installed, and runs since it was booted."""
+    root = stack.enter_context(contextlib.closing(Root(template=template())))
+    root.pid_of_ready()
+    return root
+
+
+@provided
+def another(stack, made):
+    """Another version of the program."""
+    path = pathlib.Path(tempfile.mkdtemp(dir=ROOT)) / "beta9_agent.py"
+    path.write_text(TEXT + "# another\n")
+    return path
+
+
+OPT, ETC = "opt/beta9-agent", "etc/beta9-agent"
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_upgrade_uninstall_in_a_bare_root(root, another):
+    """From a folder in which somebody left modules for root to run."""
+    for name in ("venv", "pip", "bz2", "base64", "ensurepip", "requests", "yaml"):
+        (root.folder / f"tmp/{name}.py").write_text("open('/tmp/was-run', 'w')\n")
+    before = root.tree()
+    done = root.install(printed("--token", TOKEN, *WELL, "--pool-name", "external"), cwd="/tmp")
+    assert done.stderr == "" and "\nready since " in done.stdout, done
+    assert root.gateway.ready() and root.state()["enabled"]
+    tree = root.tree()
+    assert tree[f"{OPT}/beta9_agent.py"] == (0, 0, "0o100644", SOURCE.read_bytes())
+    user = next(line.split(":") for line in (root.folder / "etc/passwd").read_text().splitlines() if "beta9" in line)
+    assert user[0] == "beta9-agent" and user[6] == "/usr/sbin/nologin"
+    for name, token in (("token", TOKEN), ("k3s-token", K3S)):
+        assert tree[f"{ETC}/{name}"] == (0, int(user[3]), "0o100640", f"{token}\n".encode())
+    new = {path: status for path, status in tree.items() if path not in before}
+    loose = {path for path, (uid, gid, mode, content) in new.items() if "var/lib" not in path
+             and (uid or int(mode, 8) & 0o022 and not mode.startswith("0o12") or gid and "token" not in path)}
+    assert loose == set() and not any(path.endswith((".old", ".new")) for path in new)
+    assert tree["local/bin/beta9-agent"][2] == "0o100755" and tree[f"{ETC}/agent.yaml"][2] == "0o100644"
+    assert tree["etc/systemd/system/beta9-agent.service"] == (0, 0, "0o100644", b9.UNIT.encode())
+    assert TOKEN not in json.dumps(root.state()["seen"]) + done.stdout + root.log()
+    shown = root.run("setpriv", "--reuid=nobody", "--clear-groups", "beta9-agent", "--status")
+    assert shown.returncode == 0 and "ready since" in shown.stdout, shown
+    refused = root.run("beta9-agent", "--once")
+    assert refused.returncode == 2 and "`runuser -u beta9-agent --`" in refused.stderr
+    checked = json.loads(root.run("beta9-agent", "--check", "--json").stdout)
+    assert any("an agent runs here: ready since" in finding["text"] for finding in checked["findings"]), checked
+    assert "other users can read" not in root.log()
+
+    pid, after = root.pid_of_ready(), len(root.gateway.seen)
+    done = root.install(printed(*WELL, "--max-cpu", "1", program=another), shell="bash")
+    assert done.stderr == "" and "Python packages" not in done.stdout
+    assert root.pid_of_ready() != pid and root.gateway.ready(after)
+    assert (root.folder / OPT / "beta9_agent.py").read_bytes() == another.read_bytes()
+    assert (root.folder / OPT / "beta9_agent.py.old").read_bytes() == SOURCE.read_bytes()
+    assert 'max_cpu: "1"' in root.etc("agent.yaml") and "max_cpu" not in root.etc("agent.yaml.old")
+    assert root.etc("token") == f"{TOKEN}\n" and not (root.folder / ETC / "token.old").exists()
+
+    done = root.install(prints(action="--print-uninstall").stdout)
+    assert done.stderr == "" and done.stdout.startswith("beta9-agent: gone")
+    assert root.tree() == before and root.state()["pid"] == 0
+    assert root.install(prints(action="--print-uninstall").stdout).stderr == "", "again"
+
+
+def as_it_was(root, pid, tree):
+    """Whether what ran before still runs, and every file is as it was."""
+    left_out = ("var/lib/beta9-agent/", "local/sbin", "tmp")
+    now = {path: status for path, status in root.tree().items() if not path.startswith(left_out)}
+    changed = {path for path, status in tree.items() if not path.startswith(left_out) and now.pop(path, None) != status}
+    assert (changed, list(now), root.pid_of_ready()) == (set(), [], pid)
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_as_another_user_says_what_to_do(root):
+    before = root.tree()
+    done = root.run("setpriv", "--reuid=nobody", "--clear-groups", "sh", input=printed("--token", TOKEN))
+    assert (done.returncode, done.stdout) == (1, "") and root.tree() == before
+    assert done.stderr.startswith("beta9-agent: this must run as root: pipe it into sudo sh, or ssh root@... sh\n")
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_without_systemd_or_token_changes_nothing(root):
+    before = root.tree()
+    done = root.install(printed(*WELL), 1)
+    assert "the machine token is missing: run this by sudo BETA9_TOKEN_FILE=token sh" in done.stderr
+    root.run("rmdir", "/run/systemd/system")
+    done = root.install(printed("--token", TOKEN), 1)
+    assert "systemd does not run here" in done.stderr and root.tree() == before
+
+
+DIGEST = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+BROKEN = {
+    "hash": (lambda script: script.replace(DIGEST, "0" * 64), "print the script anew"),
+    "bytes": (lambda script: re.sub("(\n[^\n ]{100})[^\n ]{9}", r"\g<1>000000000", script), "Error"),
+    "version": (lambda script: script.replace(f"*'({DIGEST[:12]})'", "*'(0)'"), "the agent does not start")}
+
+
+@needs_root
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BROKEN)
+@beside
+def test_install_of_another_file_than_was_printed_leaves_all_as_it_was(installed, name):
+    pid, before, (change, words) = installed.pid_of_ready(), installed.tree(), BROKEN[name]
+    script = printed("--token", TOKEN, *WELL)
+    assert change(script) != script
+    assert words in installed.install(change(script), 1).stderr
+    as_it_was(installed, pid, before)
+
+
+@needs_root
+@pytest.mark.slow
+@pytest.mark.parametrize("number, group", [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGINT, True)],
+                         ids=["term", "hup", "ctrl-c"])
+@beside
+def test_install_interrupted_half_way_leaves_all_as_it_was(installed, another, number, group):
+    (installed.folder / OPT / "venv/packages").unlink()     # so that they are installed again
+    pid, before = installed.pid_of_ready(), installed.tree()
+    process = installed.start("sh")
+    process.stdin.write(printed("--token", TOKEN + "2", *WELL, program=another))
+    process.stdin.close()
+    while "installing its Python packages" not in process.stdout.readline():
+        pass
+    wait((installed.folder / OPT / "venv.new/bin").exists)
+    for each in psutil.Process(process.pid).children(recursive=group):    # the shell, and with a terminal all
+        each.send_signal(number)
+    errors = process.stderr.read()
+    assert process.wait(60) == 1 and "stopped by a signal" in errors, errors
+    assert "failed while installing its Python packages" in errors
+    as_it_was(installed, pid, before)
+
+
+@needs_root
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["opt", "etc"])
+@beside
+def test_install_on_a_full_disk_leaves_all_as_it_was(another, place):
+    folder = {"opt": OPT, "etc": ETC}[place]
+    fill = (f"mv {folder} seed; mkdir {folder}; mount -t tmpfs -o mode=755 tmpfs {folder}; cp -a seed/. {folder};"
+            f"rm -r seed; size=$(du -sk {folder} | cut -f 1); mount -o remount,size=$((size + 8))k {folder};"
+            f"dd if=/dev/zero of={folder}/ballast status=none 2>&- || :; truncate -s -4k {folder}/ballast")
+    with contextlib.closing(Root(fill, template())) as root:
+        pid, seen = root.pid_of_ready(), root.run("sh", "-c", f"cd /{OPT}; sha256sum *.py /{ETC}/*")
+        done = root.install(printed("--token", TOKEN + "2", *WELL, "--max-cpu", "1", program=another), 1)
+        assert re.search("No space left on device|I/O error", done.stderr), done     # the latter is dash's
+        assert "beta9-agent: failed while" in done.stderr
+        assert root.run("sh", "-c", f"cd /{OPT}; sha256sum *.py /{ETC}/*").stdout == seen.stdout
+        assert root.pid_of_ready() == pid
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_setting_that_is_refused_before_the_start_leaves_all_as_it_was(installed, another):
+    pid, before = installed.pid_of_ready(), installed.tree()
+    done = installed.install(printed("--token", TOKEN + "2", *WELL, program=another), 1, BETA9_MACHINE_ID="nothex")
+    assert "8 hex characters" in done.stderr and "the agent refuses these settings" in done.stderr
+    done = installed.install(printed("--token", TOKEN + "2"), 1, BETA9_HOSTNAME="x\"; touch /tmp/y")
+    assert "BETA9_HOSTNAME is not a host or IP" in done.stderr
+    as_it_was(installed, pid, before)
+
+
+def refused_at_the_start(root, certificates, **more):
+    """A script whose setting the service alone cannot use: it sees nothing of /home."""
+    shutil.copy(certificates / "ca.pem", root.folder / "home/ca.pem")
+    script = printed("--token", TOKEN + "2", *WELL, "--ca-file", str(certificates / "ca.pem"), **more)
+    return root.install(script.replace(str(certificates / "ca.pem"), "/home/ca.pem"), 1)
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_setting_that_the_service_refuses_brings_back_what_was_before(installed, another, certificates):
+    (installed.folder / OPT / "venv/packages").write_text("other ones\n")
+    before = installed.tree()
+    done = refused_at_the_start(installed, certificates, program=another)
+    assert "--ca-file: the value '/home/ca.pem'" in done.stderr and "what was before is back" in done.stderr
+    before["home/ca.pem"] = installed.tree()["home/ca.pem"]
+    as_it_was(installed, installed.pid_of_ready(), before)
+    assert (installed.folder / OPT / "venv/packages").read_text() == "other ones\n"
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_first_setting_that_the_service_refuses_leaves_no_service(root, certificates):
+    done = refused_at_the_start(root, certificates)
+    assert "what was before is back" in done.stderr
+    state = root.state()
+    assert (state["pid"], state["enabled"]) == (0, False)
+    assert [path for path in root.tree() if path.endswith((".service", "bin/beta9-agent", "agent.yaml", "token"))] == []
+    assert root.install(printed("--token", TOKEN, *WELL)).stderr == "", "once more, and right"
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_that_is_not_ready_says_why_and_stays(installed, another):
+    """The one that was ready before is not taken for the new one."""
+    installed.program("sleep", "#!/bin/sh\nexit 0\n")
+    installed.gateway.always = says(500, b'{"message": "Failed to register machine"}')
+    done = installed.install(printed("--token", TOKEN, *WELL, program=another), 3)
+    assert "Failed to register machine" in done.stdout and "failed while" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "beta9-agent: installed but not ready, see above; it goes on trying"
+    installed.gateway.always = None
+    installed.pid_of_ready()
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_as_user_data_does_not_wait(installed):
+    installed.gateway.always = silent
+    path = installed.folder / "var/lib/cloud/instance/scripts/part-001"
+    path.parent.mkdir(parents=True)
+    path.write_text(printed("--token", TOKEN, *WELL))
+    path.chmod(0o700)
+    done = installed.run("/var/lib/cloud/instance/scripts/part-001")
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert done.stdout.splitlines()[-1] == "beta9-agent: started: beta9-agent --status tells more"
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_fetched_file_is_used_if_it_is_the_right_one(installed, another, certificates):
+    ca = certificates / "ca.pem"
+    digest = subprocess.check_output(["openssl", "x509", "-noout", "-hash", "-in", ca], text=True).strip()
+    for name in (f"{digest}.0", "ca-certificates.crt"):
+        shutil.copy(ca, installed.folder / "etc/ssl/certs" / name)
+    with contextlib.closing(installed.network.do(lambda: TlsGateway(tls_with(certificates, "good"),
+                                                                    port=8443))) as site:
+        script = printed("--token", TOKEN, *WELL, "--fetch-from", "https://localhost:8443/a?b=c&d", program=another)
+        pid, before = installed.pid_of_ready(), installed.tree()
+        for answer, words in ((says(200, b"x"), "print the script anew"), (says(404), "HTTP Error 404")):
+            site.always = answer
+            done = installed.install(script, 1)
+            assert words in done.stderr and "Traceback" not in done.stderr, done
+        as_it_was(installed, pid, before)
+        site.always = says(200, another.read_bytes())
+        installed.install(script)
+    assert {link.target for link in site.seen} == {"/a?b=c&d"}
+    assert (installed.folder / OPT / "beta9_agent.py").read_bytes() == another.read_bytes()
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_settings_from_the_environment_win(installed):
+    script, seen = printed(*WELL), installed.gateway.seen
+    (installed.folder / "root/token").write_text(f"{TOKEN}3")   # without line end
+    (installed.folder / "root/empty").touch()
+    for name in ("nothing", "empty"):
+        done = installed.install(script, 1, BETA9_TOKEN_FILE=f"/root/{name}")
+        assert f"/root/{name}" in done.stderr and "parameter" not in done.stderr
+    for number, environ in ((3, {"BETA9_TOKEN_FILE": "token", "cwd": "/root"}), (4, {"BETA9_TOKEN": f"{TOKEN}4"})):
+        installed.gateway.contract.token = f"{TOKEN}{number}"
+        installed.install(script, BETA9_HOSTNAME=f"host{number}", BETA9_MACHINE_ID=f"0000000{number}", value="x",
+                          **environ)
+        assert installed.etc("token") == f"{TOKEN}{number}\n"
+        offered = next(link for link in reversed(seen) if link.call == REGISTER).json
+        assert (offered["hostname"], offered["machine_id"]) == (f"host{number}", f"0000000{number}")
+    assert leaks(json.dumps(installed.state()["seen"]), TOKEN, K3S) == []
+    installed.install(printed("--gateway-host", "127.0.0.1", "--offer-always"))
+    assert (installed.etc("token"), installed.etc("k3s-token")) == (f"{TOKEN}4\n", f"{K3S}\n")
+    assert 'k3s_token_file: "/etc/beta9-agent/k3s-token"' in installed.etc("agent.yaml")
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_without_venv_module_asks_the_package_manager(root):
+    """Whose stand-in brings ensurepip back, if it is asked for the right package."""
+    place = subprocess.check_output([SYSTEM_PYTHON, "-c", "import ensurepip; print(ensurepip.__path__[0])"],
+                                    text=True).strip()
+    root.program("dnf", "#!/bin/sh\nexit 1\n")
+    root.program("apt-get", f'#!/bin/sh\necho "$*" >>/var/log/apt\ncase $* in *python3-venv*) umount {place} ;; esac\n')
+    hide = "mount -t tmpfs none $0; echo 'raise ImportError' >$0/__init__.py"
+    root.run("sh", "-c", hide, place)
+    done = root.install(printed("--token", TOKEN, *WELL))
+    assert "beta9-agent: installing Python\n" in done.stdout
+    assert (root.folder / "var/log/apt").read_text().startswith("-qq update\n-qq -y -o DPkg::Lock::Timeout=300 install")
+    root.install(prints(action="--print-uninstall").stdout)
+    root.run("sh", "-c", hide, place)
+    for code, words in ((0, "Python 3.10 or newer with its venv module is missing"),
+                        (3, "failed while installing Python")):
+        root.program("apt-get", f"#!/bin/sh\nexit {code}\n")
+        assert words in root.install(printed("--token", TOKEN), 1).stderr
 
 
 # ---- README's words on trust
