@@ -15,12 +15,12 @@ the desk, what a person calls by hand. A function calls only what stands above i
 Connects to  the gateway you name, or the proxy that the environment names for it: POST
              /api/v1/machine/register and /api/v1/machine/keepalive; your DNS, for its name;
              with --ssh the gateway through ssh alone
-Listens      nowhere (--dev: on 127.0.0.1)
+Listens      nowhere (--dev: on 127.0.0.1; --ssh: ssh, on a Unix socket that is this user's)
 Reads        the files you name, its state folder, /etc/machine-id, the hardware through psutil
              and NVML; ssh reads its own configuration and keys
 Writes       its state folder (with --ssh a socket, there or in /tmp), log lines to standard error
              and systemd, answers to standard output
-Starts       no other program; with --ssh the system's ssh, by setpriv where it is there, and
+Starts       no other program; with --ssh the system's ssh, through setpriv where it is there, and
              ssh-keygen for --print-install
 Exits        0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway out of reach,
              75 already running, 77 token refused, 78 machine refused
@@ -394,7 +394,7 @@ SSH_WORDS = (
 def explain_ssh(said: str, config: Config) -> tuple[str, str]:
     """The line that matters of what ssh said, "" for none, and the remedy."""
     user, host, port = split_place(config.ssh)
-    lines = [line.strip(" \r.") for line in said.split("\n") if line.strip()] or [""]
+    lines = [line.strip(" \r.@") for line in said.split("\n") if line.strip()] or [""]
     line, remedy = next((line, remedy) for pattern, remedy in SSH_WORDS
                         for line in reversed(lines) if re.search(pattern, line))
     keyscan = f"ssh-keyscan -p {port or 22} {host}"
@@ -2091,8 +2091,9 @@ class Tunnel:
     def judge(self, outcome: Outcome, timed_out: bool, now: float) -> Outcome:
         """What a request through ssh came to, by what became of ssh meanwhile."""
         import subprocess
+        self.listen()
         if outcome.kind is not Kind.TROUBLE:
-            self.timeouts = self.failures = 0
+            self.said, self.timeouts, self.failures = "", 0, 0
             return outcome
         self.timeouts = self.timeouts + 1 if timed_out else 0
         if self.timeouts >= 2:
@@ -2879,11 +2880,16 @@ def explain_check(config: Config, what: str, answer: Answer) -> list[Finding]:
     return [fail(f"{outcome.text}. {outcome.remedy}")]
 
 
-def open_tunnel(config: Config, tunnel: Tunnel) -> list[Finding]:
-    """Waits until ssh carries an answer of the gateway, or failed.
+def open_tunnel(config: Config, tunnels: contextlib.ExitStack) -> list[Finding]:
+    """What becomes of an ssh that is left in `tunnels` to be closed.
 
-    Not in a thread, with which Linux would end ssh.
+    Not for a thread, with which Linux would end ssh.
     """
+    try:
+        tunnel = tunnels.enter_context(contextlib.closing(Tunnel(config, State(""))))
+    except AgentError as error:
+        return [fail(str(error))]
+    config.gateway_socket = tunnel.path
     outcome, end = None, read_clock() + CHECK_DEADLINE / 2
     while outcome is None:
         time.sleep(TICK / 10)
@@ -3086,7 +3092,7 @@ def check_machine(config: Config, offer: Offer, status: Status) -> list[Finding]
 
 
 def find_all(config: Config, tunnels: contextlib.ExitStack) -> list[tuple[str, list[Finding]]]:
-    """What each check finds, by its name. The tunnel, where there is one, is left to be closed."""
+    """What each check finds, by its name; ssh, where there is one, is left in `tunnels`."""
     status, end = read_status(config), read_clock() + CHECK_DEADLINE
     machine_id = config.machine_id or read_machine_id(find_state_dir(config))
     offer = Offer(None, None, None)
@@ -3105,9 +3111,7 @@ def find_all(config: Config, tunnels: contextlib.ExitStack) -> list[tuple[str, l
     if config.ssh and not fault:
         if status.is_running():     # which has that port there
             config.ssh_reverse = None
-        tunnel = tunnels.enter_context(contextlib.closing(Tunnel(config, State(""))))
-        config.gateway_socket = tunnel.path
-        found = open_tunnel(config, tunnel)
+        found = open_tunnel(config, tunnels)
         checks["tunnel"] = lambda: found
         if found[-1].mark == "fail":
             fault = "mend the tunnel above first"
