@@ -2117,8 +2117,8 @@ class Tunnel:
         self.stop()
         with contextlib.suppress(OSError):
             os.unlink(self.path)
-        if self.folder:
-            os.rmdir(self.folder)
+        with contextlib.suppress(OSError):
+            os.rmdir(self.folder)       # which may be none
 
 
 # ---- 10 Loop
@@ -2376,8 +2376,6 @@ class Agent:
             return
         if outcome.kind is Kind.OK:
             self.lease = self.lease._replace(due=now)   # what could not be sent is due at once
-            if not self.ready:
-                LOG.info("ssh to %s carries after %.2f s", self.config.ssh, now - self.started_at)
         else:
             self.count("tunnel", outcome, now, now)
             self.lease = lease_after(self.lease, "tunnel", outcome, now, self.config,
@@ -3412,17 +3410,12 @@ beta9_install
 INSTALL_TUNNEL = r"""
 ssh=$state/.ssh known_hosts={known_hosts} new_key=
 [ -n "$known_hosts" ] || [ -s "$ssh/known_hosts" ] || fail {unknown_host}
-if ! command -v ssh-keygen >/dev/null; then
-    step 'installing ssh'
-    if command -v apt-get >/dev/null; then
-        apt-get -qq -o DPkg::Lock::Timeout=300 update
-        DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install \
-            openssh-client >/dev/null
-    else
-        dnf -q -y install openssh-clients
-    fi
-fi
-step 'looking after the key of ssh'
+step 'looking after ssh and its key'
+command -v ssh-keygen >/dev/null ||
+    dnf -q -y install openssh-clients 2>/dev/null || {
+    apt-get -qq -o DPkg::Lock::Timeout=300 update
+    apt-get -qq -y -o DPkg::Lock::Timeout=300 install openssh-client >/dev/null
+}
 install -d -m 755 -o "$user" -g "$user" "$state"
 [ -e "$ssh/id_ed25519" ] || new_key=1
 # shellcheck disable=SC2016  # for that shell
@@ -3527,15 +3520,8 @@ def find_known_hosts(config: Config) -> str:
     return "\n".join(known)
 
 
-def format_rights(config: Config) -> str:
-    """What a key in authorized_keys may do: these two ports, no other, and no command."""
-    # Without a permitlisten any port there could be listened on; nothing needs port 1.
-    return (f'restrict,port-forwarding,permitopen="{config.ssh_gateway}",'
-            f'permitlisten="{config.ssh_reverse or "localhost:1"}",command="/bin/false"')
-
-
 def format_tunnel(config: Config) -> dict[str, str]:
-    """What the script needs for --ssh: two pieces of it, both "" without."""
+    """The two pieces of the script for --ssh, both "" without."""
     import shlex
     if not config.ssh:
         return {"tunnel": "", "authorize": ""}
@@ -3548,7 +3534,9 @@ def format_tunnel(config: Config) -> dict[str, str]:
         "unknown_host": f"{config.ssh}: {remedy.replace('~', '/var/lib/beta9-agent')}",
         "append_there": f"installed; append this line to authorized_keys of"
                         f" {user or 'beta9-agent'} on {host}, and it is ready within a minute:",
-        "rights": format_rights(config)}
+        # Without a permitlisten any port there could be listened on; nobody wants port 1.
+        "rights": f'restrict,port-forwarding,permitopen="{config.ssh_gateway}",permitlisten='
+                  f'"{config.ssh_reverse or "localhost:1"}",command="/bin/false"'}
     quoted = {name: shlex.quote(text) for name, text in words.items()}
     return {"tunnel": fill_in(INSTALL_TUNNEL, quoted),
             "authorize": fill_in(INSTALL_AUTHORIZE, quoted)}

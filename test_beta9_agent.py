@@ -3377,13 +3377,16 @@ def test_ssh_stuck_is_replaced_after_two_requests_without_answer(box, gateway, s
 @pytest.mark.slow
 @beside
 def test_ssh_with_a_silent_server_is_ended_by_its_own_keepalives(box, gateway, ssh_host):
-    process = ssh_host.ready("--keepalive-interval", "240")
-    hung = ssh_host.sessions()
-    for each in hung:
-        each.suspend()
-    wait(lambda: "not responding" in process.log(), process.log, limit=75)
-    wait(lambda: len(gateway.calls(KEEPALIVE)) > 1, process.log)
-    ssh_host.kill(hung)
+    """While no request is due: without an agent."""
+    tunnel = b9.Tunnel(config_of(*ssh_host.options()), b9.State(""))
+    tunnel.program = str(ssh_host.folder / "bin/ssh")
+    with contextlib.closing(tunnel):
+        assert wait(lambda: tunnel.tend(b9.read_clock()), ssh_host.log).kind is b9.Kind.OK
+        for each in ssh_host.sessions():
+            each.suspend()
+        outcome = wait(lambda: tunnel.tend(b9.read_clock()), ssh_host.log, limit=75)
+        assert outcome.kind is b9.Kind.TROUBLE and "not responding" in outcome.text
+        assert wait(lambda: tunnel.tend(b9.read_clock()), ssh_host.log).kind is b9.Kind.OK
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda it: it.name)
