@@ -373,21 +373,19 @@ def split_place(text: str) -> tuple[str, str, str]:
 
 # What ssh's words mean. The first pattern that is in any line of them holds.
 SSH_WORDS = (
-    ("IDENTIFICATION HAS CHANGED", "Its host key is another than the one in known_hosts: somebody"
-     " sits in between, or it is new. {compare}, then correct known_hosts"),
-    ("Host key verification failed|host key is known", "Its host key is not in known_hosts."
-     " {compare}, then `{keyscan} >> ~/.ssh/known_hosts`"),
+    ("IDENTIFICATION HAS CHANGED", "Its host key is not the one in known_hosts: somebody may sit in"
+     " between. {compare}, then correct known_hosts"),
+    ("Host key verification failed", "Its host key is not in known_hosts. {compare}, then"
+     " `{keyscan} >> ~/.ssh/known_hosts`"),
     ("not accessible|UNPROTECTED PRIVATE KEY|Load key",
      "Check --ssh-identity: a private key that only this user can read"),
     ("Permission denied|Too many authentication", "The public half of {key} must be in"
      " authorized_keys of {user} there, and the key be without passphrase"),
-    ("remote port forwarding failed", "Port {config.ssh_reverse} there is taken, or not named by"
-     " permitlisten in authorized_keys: correct that, or --ssh-reverse"),
-    ("administratively prohibited", "permitopen in authorized_keys there must say"
-     " {config.ssh_gateway}, and its sshd allow TCP forwarding"),
-    ("open failed", "Nothing answers at {config.ssh_gateway}, seen from there: start the gateway,"
-     " or correct --ssh-gateway"),
-    ("", "Check --ssh, and that sshd is up there: `ssh -v` by hand says more"),
+    ("remote port forwarding failed", "Port {config.ssh_reverse} there is taken, or not in"
+     " permitlisten in authorized_keys. Check --ssh-reverse"),
+    ("prohibited", "permitopen in authorized_keys there must say {config.ssh_gateway}"),
+    ("open failed", "Is the gateway at {config.ssh_gateway}, seen from there? Check --ssh-gateway"),
+    ("", "Check --ssh, and that sshd is up there: `ssh -v` says more"),
 )
 
 
@@ -2002,14 +2000,14 @@ def can_hold_socket(path: str) -> bool:
 class Tunnel:
     """The system's ssh, with a Unix socket as its near end; a dead or stuck one is replaced."""
 
-    def __init__(self, config: Config, state: State) -> None:
+    def __init__(self, config: Config, state: State, deadline: float = TUNNEL_DEADLINE) -> None:
         import shutil
         import tempfile
         self.program = shutil.which("ssh") or ""
         if not self.program:
             raise AgentError("ssh is missing: install it, `apt-get install openssh-client` or"
                              " `dnf install openssh-clients`, then start again")
-        self.config, self.folder = config, ""
+        self.config, self.deadline, self.folder = config, deadline, ""
         self.path = os.path.abspath(f"{state.path}.ssh")
         if not state.path or not can_hold_socket(self.path):
             self.folder = tempfile.mkdtemp(prefix="beta9-agent-", dir="/tmp")    # 0700
@@ -2041,7 +2039,7 @@ class Tunnel:
     def start(self, now: float) -> None:
         """Starts ssh. Raises OSError."""
         self.starts += 1
-        self.said, self.timeouts, self.carry_by = "", 0, now + TUNNEL_DEADLINE
+        self.said, self.timeouts, self.carry_by = "", 0, now + self.deadline
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
         self.process = start_child([self.program, *ssh_arguments(self.config, self.path)])
@@ -2086,7 +2084,7 @@ class Tunnel:
             self.up_since = now
             return Outcome(Kind.OK)
         late = now > self.carry_by
-        return self.fail(f"was not let in within {TUNNEL_DEADLINE:g} s", now) if late else None
+        return self.fail(f"was not let in within {self.deadline:g} s", now) if late else None
 
     def judge(self, outcome: Outcome, timed_out: bool, now: float) -> Outcome:
         """What a request through ssh came to, by what became of ssh meanwhile."""
@@ -2374,9 +2372,7 @@ class Agent:
         outcome = self.tunnel.tend(now) if self.tunnel else None
         if outcome is None:
             return
-        if outcome.kind is Kind.OK:
-            self.lease = self.lease._replace(due=now)   # what could not be sent is due at once
-        else:
+        if outcome.kind is not Kind.OK:
             self.count("tunnel", outcome, now, now)
             self.lease = lease_after(self.lease, "tunnel", outcome, now, self.config,
                                      random.uniform)
@@ -2884,17 +2880,14 @@ def open_tunnel(config: Config, tunnels: contextlib.ExitStack) -> list[Finding]:
     Not for a thread, with which Linux would end ssh.
     """
     try:
-        tunnel = tunnels.enter_context(contextlib.closing(Tunnel(config, State(""))))
+        tunnel = Tunnel(config, State(""), CHECK_DEADLINE / 2)
     except AgentError as error:
         return [fail(str(error))]
-    config.gateway_socket = tunnel.path
-    outcome, end = None, read_clock() + CHECK_DEADLINE / 2
+    tunnels.callback(tunnel.close)
+    config.gateway_socket, outcome = tunnel.path, None
     while outcome is None:
         time.sleep(TICK / 10)
-        now = read_clock()
-        outcome = tunnel.tend(now)
-        if outcome is None and now > end:
-            outcome = tunnel.fail(f"was not let in within {CHECK_DEADLINE / 2:g} s", now)
+        outcome = tunnel.tend(read_clock())
     found = [good(f"ssh is {tunnel.program}")]
     if outcome.kind is Kind.OK:
         found.append(good(f"{config.ssh} accepts the key"))
@@ -2903,7 +2896,8 @@ def open_tunnel(config: Config, tunnels: contextlib.ExitStack) -> list[Finding]:
             client.ask("GET", "/health", None, CHECK_DEADLINE / 4, ANSWER_LIMIT)
             return [*found, good(f"it carries to {config.ssh_gateway}, seen from there")]
         except Exception as error:
-            outcome = tunnel.judge(client.outcome_of_failure(error), timed_out=False, now=now)
+            outcome = tunnel.judge(client.outcome_of_failure(error), timed_out=False,
+                                   now=read_clock())
     return [*found, fail(f"{outcome.text}. {outcome.remedy}")]
 
 
@@ -3408,18 +3402,19 @@ beta9_install
 
 # Put into it with --ssh: before the agent is unpacked, and after it is started.
 INSTALL_TUNNEL = r"""
-ssh=$state/.ssh known_hosts={known_hosts} new_key=
-[ -n "$known_hosts" ] || [ -s "$ssh/known_hosts" ] || fail {unknown_host}
 step 'looking after ssh and its key'
+ssh=$state/.ssh known_hosts={known_hosts} new_key=
+install -d -m 755 -o "$user" -g "$user" "$state"
+runuser -u "$user" -- mkdir -p -m 700 "$ssh"
+[ -n "$known_hosts" ] || [ -s "$ssh/known_hosts" ] || fail {unknown_host}
 command -v ssh-keygen >/dev/null ||
     dnf -q -y install openssh-clients 2>/dev/null || {
     apt-get -qq -o DPkg::Lock::Timeout=300 update
     apt-get -qq -y -o DPkg::Lock::Timeout=300 install openssh-client >/dev/null
 }
-install -d -m 755 -o "$user" -g "$user" "$state"
 [ -e "$ssh/id_ed25519" ] || new_key=1
 # shellcheck disable=SC2016  # for that shell
-runuser -u "$user" -- sh -euc 'umask 077; mkdir -p "$1"; chmod 700 "$1"; cd "$1"
+runuser -u "$user" -- sh -euc 'umask 077; cd "$1"; chmod 700 .
     [ -e id_ed25519 ] || ssh-keygen -q -t ed25519 -N "" -C beta9-agent -f id_ed25519
     [ -z "$2" ] || grep -qxF "$2" known_hosts 2>/dev/null || printf "%s\n" "$2" >>known_hosts
     ' sh "$ssh" "$known_hosts"
@@ -3531,9 +3526,9 @@ def format_tunnel(config: Config) -> dict[str, str]:
     remedy = explain_ssh("Host key verification failed", config)[1]
     words = {
         "known_hosts": find_known_hosts(config),
-        "unknown_host": f"{config.ssh}: {remedy.replace('~', '/var/lib/beta9-agent')}",
+        "unknown_host": remedy.replace("~", "/var/lib/beta9-agent").replace("`", '"'),
         "append_there": f"installed; append this line to authorized_keys of"
-                        f" {user or 'beta9-agent'} on {host}, and it is ready within a minute:",
+                        f" {user or 'beta9-agent'} on {host}, and it will be ready:",
         # Without a permitlisten any port there could be listened on; nobody wants port 1.
         "rights": f'restrict,port-forwarding,permitopen="{config.ssh_gateway}",permitlisten='
                   f'"{config.ssh_reverse or "localhost:1"}",command="/bin/false"'}

@@ -990,7 +990,7 @@ def test_trouble_recovery_of_what_was_not_told_is_not_told():
      " listen port 6443", "Port 7443 there is taken"),
     ("channel 1: open failed: administratively prohibited: open failed", "channel 1: open failed: administratively"
      " prohibited: open failed", "permitopen in authorized_keys there must say localhost:31994"),
-    ("kex_exchange: read\nConnection reset", "Connection reset", "`ssh -v` by hand says more"), ("", "", "Check --ssh"),
+    ("kex_exchange: read\nConnection reset", "Connection reset", "`ssh -v` says more"), ("", "", "Check --ssh"),
     ("\x1b[2J{config.token} {keyscan}", "\\x1b[2J{config.token} {keyscan}", "Check --ssh")],
     ids=["unknown", "changed", "denied", "reverse", "permitopen", "other", "nothing", "hostile"])
 def test_explain_ssh_finds_the_line_that_matters_and_its_remedy(said, line, remedy):
@@ -1366,6 +1366,9 @@ def test_ssh_options_come_from_the_command_line_again_and_again_or_from_a_list(t
     words = b9.ssh_arguments(config, "/run/x")
     assert [words.index(option) for option in SSH_PASSED] == sorted(words.index(option) for option in SSH_PASSED)
     assert words.index("LogLevel=INFO") < words.index(SSH_PASSED[0]), "the agent's own win, as they come first"
+    assert "IdentitiesOnly=yes" not in words and words[-2:] == ["--", "gw"]
+    words = b9.ssh_arguments(config_of("--ssh", "gw", "--ssh-identity", "/k"), "/run/x")
+    assert words[words.index("-i") + 1] == "/k" and words[words.index("IdentitiesOnly=yes") - 1] == "-o"
 
 
 @pytest.mark.parametrize("text", [
@@ -3565,9 +3568,19 @@ def test_ssh_gateway_that_is_away_behind_it_is_waited_for(box, gateway, ssh_host
     assert ssh_host.clients() == before, "this is no trouble of ssh"
 
 
-@beside
-def test_ssh_goes_past_the_proxy_of_the_environment(box, gateway, ssh_host):
-    ssh_host.ready(http_proxy="http://127.0.0.1:9", all_proxy="http://127.0.0.1:9")
+def test_ssh_goes_past_the_proxy_of_the_environment(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert b9.find_proxy(config_of("--gateway-host", "gw.example.com")) == "http://127.0.0.1:9"
+    assert b9.find_proxy(config_of("--ssh", "gw", "--ssh-gateway", "gw.example.com:80")) == ""
+
+
+def test_ssh_that_fails_is_started_again_no_later_than_startup_timeout(tmp_path, stop):
+    config = config_of("--ssh", "gw", "--startup-timeout", "5")
+    with contextlib.closing(b9.Tunnel(config, b9.State(ID, str(tmp_path / ID)))) as tunnel:
+        agent = b9.Agent(config, b9.State(ID), b9.GatewayClient(config, None), tunnel)
+        tunnel.failures, now = 9, agent.started_at + 1
+        agent.fail("tunnel", tunnel.fail("is stuck", now), now, stop)
+        assert tunnel.start_at == agent.started_at + 5 and agent.lease.due >= now + 15
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["alone", "beside-the-agent"])
@@ -3696,12 +3709,14 @@ def test_ssh_install_makes_a_key_and_prints_the_line_that_lets_it_in(box, gatewa
 @beside
 def test_ssh_install_without_a_known_host_key_stops_and_says_how_to_compare(box, gateway, ssh_host):
     stub(ssh_host.folder / "bin/ssh-keygen", "exit 1")
+    stub(ssh_host.folder / "bin/runuser", 'shift 3; exec "$@"')
     done = ssh_host.run("--print-install")
     assert "is not in known_hosts here" in done.stderr
     piece = re.search(r"\nssh=\$state.*? \|\| fail '[^\n]*\n", done.stdout, re.S)[0]
     (box.folder / "piece.sh").write_text(INSTALLED + piece + "echo goes on\n")
-    done = subprocess.run(["sh", str(box.folder / "piece.sh"), str(box.folder)], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "" and not (box.folder / ".ssh").exists()
+    done = subprocess.run(["sh", str(box.folder / "piece.sh"), str(box.folder)], capture_output=True, text=True,
+                          env=os.environ | ssh_host.environ, timeout=50)
+    assert done.returncode == 1 and done.stdout == "" and list((box.folder / ".ssh").iterdir()) == []
     assert "ssh-keygen -lf" in done.stderr and f"ssh-keyscan -p {ssh_host.port} 127.0.0.1" in done.stderr
 
 
