@@ -13,12 +13,15 @@ the desk, what a person calls by hand. A function calls only what stands above i
                                     ^-- forgotten, or changed --'         (takes no new work)
 
 Connects to  the gateway you name, or the proxy that the environment names for it: POST
-             /api/v1/machine/register and /api/v1/machine/keepalive; your DNS, for its name
-Listens      nowhere (--dev: on 127.0.0.1)
+             /api/v1/machine/register and /api/v1/machine/keepalive; your DNS, for its name;
+             with --ssh the gateway through ssh alone
+Listens      nowhere (--dev: on 127.0.0.1; --ssh: ssh, on a Unix socket that is this user's)
 Reads        the files you name, its state folder, /etc/machine-id, the hardware through psutil
-             and NVML
-Writes       its state folder, log lines to standard error and systemd, answers to standard output
-Starts       no other program
+             and NVML; ssh reads its own configuration and keys
+Writes       its state folder (with --ssh a socket, there or in /tmp), log lines to standard error
+             and systemd, answers to standard output
+Starts       no other program; with --ssh the system's ssh, through setpriv where it is there, and
+             ssh-keygen for --print-install
 Exits        0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway out of reach,
              75 already running, 77 token refused, 78 machine refused
 """
@@ -62,6 +65,7 @@ LEAVE_DEADLINE = 1.8            # seconds from the stop to the end of the last r
 DENIED_PATIENCE = 60.0          # seconds: a 401 can be trouble of the gateway's database
 WORKER_PATIENCE = 600.0         # seconds: idle workers end after 300
 QUIET = 600.0                   # seconds between lines about the same thing
+TUNNEL_DEADLINE = 25.0          # seconds that ssh may take until it carries
 CHECK_DEADLINE = 14.0           # seconds, for all of --check
 TICK = 0.5                      # seconds between two looks at the stop flag
 STATUS_FORMAT = 1               # of the status record
@@ -79,7 +83,7 @@ class AgentError(Exception):
 class UnsafeAddress(AgentError):
     """The tokens would travel to a public address in cleartext."""
 
-    remedy = "Give --tls, use an SSH tunnel, or accept it with --allow-cleartext"
+    remedy = "Give --tls, or --ssh for a tunnel, or accept it with --allow-cleartext"
 
     def __init__(self, fault: str, by_name: bool) -> None:
         super().__init__(f"{fault}. {self.remedy}")
@@ -203,6 +207,11 @@ class Config(argparse.Namespace):
         scheme = "https" if self.tls else "http"
         return f"{scheme}://{format_host(self.gateway_host)}:{self.gateway_port}"
 
+    @property
+    def gateway_flags(self) -> str:
+        """The options that say where the gateway is."""
+        return "--ssh-gateway" if self.ssh else "--gateway-host and --gateway-port"
+
 
 # ---- 3 Decisions
 def printable(value: object, limit: int = 200) -> str:
@@ -273,7 +282,7 @@ def describe_body(body: bytes) -> str:
 
 
 NEW_TOKEN = "Get a new one with `beta9 machine create --pool {config.pool_name}`"
-TRY_HEALTH = ("Check --gateway-host and --gateway-port;"
+TRY_HEALTH = ("Check {config.gateway_flags};"
               " `curl {config.gateway}/api/v1/health` should answer")
 
 # What an answer means that is no confirmation. The first pattern that matches the line
@@ -351,6 +360,48 @@ def classify(call: str, status: int, headers: Mapping[str, str], body: bytes, ma
     return Outcome(Kind.OK, ttl=ttl if sane else None, placement=explain_placement(fields, config))
 
 
+# Nothing that fits can be an option of ssh, or a command in the shell that it runs for ProxyJump.
+HOST_PATTERN = r"([A-Za-z0-9_][\w.-]*|\[[0-9A-Fa-f:.]+\])"
+SSH_HOST_PATTERN = rf"(?:([A-Za-z0-9_][\w.-]*)@)?{HOST_PATTERN}(?::([0-9]{{1,5}}))?"
+
+
+def split_place(text: str) -> tuple[str, str, str]:
+    """User, host and port of [user@]host[:port], "" for what is not there."""
+    found = re.fullmatch(SSH_HOST_PATTERN, text, re.ASCII)
+    return (found[1] or "", found[2].strip("[]"), found[3] or "") if found else ("", "", "")
+
+
+# What ssh's words mean. The first pattern that is in any line of them holds.
+SSH_WORDS = (
+    ("IDENTIFICATION HAS CHANGED", "Its host key is not the one in known_hosts: somebody may sit in"
+     " between. {compare}, then correct known_hosts"),
+    ("Host key verification failed", "Its host key is not in known_hosts. {compare}, then"
+     " `{keyscan} >> ~/.ssh/known_hosts`"),
+    ("not accessible|UNPROTECTED PRIVATE KEY|Load key",
+     "Check --ssh-identity: a private key that only this user can read"),
+    ("Permission denied|Too many authentication", "The public half of {key} must be in"
+     " authorized_keys of {user} there, and the key be without passphrase"),
+    ("remote port forwarding failed", "Port {config.ssh_reverse} there is taken, or not in"
+     " permitlisten in authorized_keys. Check --ssh-reverse"),
+    ("prohibited", "permitopen in authorized_keys there must say {config.ssh_gateway}"),
+    ("open failed", "Is the gateway at {config.ssh_gateway}, seen from there? Check --ssh-gateway"),
+    ("", "Check --ssh, and that sshd is up there: `ssh -v` says more"),
+)
+
+
+def explain_ssh(said: str, config: Config) -> tuple[str, str]:
+    """The line that matters of what ssh said, "" for none, and the remedy."""
+    user, host, port = split_place(config.ssh)
+    lines = [line.strip(" \r.@") for line in said.split("\n") if line.strip()] or [""]
+    line, remedy = next((line, remedy) for pattern, remedy in SSH_WORDS
+                        for line in reversed(lines) if re.search(pattern, line))
+    keyscan = f"ssh-keyscan -p {port or 22} {host}"
+    return printable(line), remedy.format(
+        config=config, user=user or "the user", key=config.ssh_identity or "a key in ~/.ssh",
+        keyscan=keyscan, compare=f"Compare `{keyscan} | ssh-keygen -lf -` with `ssh-keygen -lf"
+        " /etc/ssh/ssh_host_ed25519_key.pub` there")
+
+
 Draw = Callable[[float, float], float]      # a random number between two others
 
 
@@ -362,6 +413,12 @@ def backoff(failing_for: float, cap: float, draw: Draw) -> float:
     """
     ceiling = min(max(4.0, min(failing_for, 60.0)), cap)
     return draw(min(1.0, ceiling / 4), ceiling)
+
+
+def tunnel_pause(failures: int, draw: Draw) -> float:
+    """Seconds from the last of so many failures of ssh in a row to its next start."""
+    ceiling = min(2.0 ** min(failures, 5), 30.0)
+    return draw(max(1.0, ceiling / 2), ceiling)
 
 
 def next_call(lease: Lease, now: float) -> str:
@@ -576,6 +633,32 @@ def keepalive_payload(config: Config, machine_id: str, metrics: Metrics) -> dict
             "pool_name": config.pool_name, "agent_version": f"{VERSION}-python", "metrics": known}
 
 
+# Of two that name the same, ssh takes the first. LogLevel, as its words are needed.
+SSH_OPTIONS = ("BatchMode=yes", "ExitOnForwardFailure=yes", "ServerAliveInterval=15",
+               "ServerAliveCountMax=3", "ConnectTimeout=10", "ControlMaster=no", "ControlPath=none",
+               "ForwardAgent=no", "ForwardX11=no", "StreamLocalBindMask=0177",
+               "StreamLocalBindUnlink=yes", "LogLevel=INFO")
+
+
+def ssh_arguments(config: Config, path: str) -> list[str]:
+    """What ssh is started with, to listen on a socket at `path`. Source: ssh(1), ssh_config(5)."""
+    user, host, port = split_place(config.ssh)
+    words = ["-N", "-T", "-L", f"{path}:{format_host(config.gateway_host)}:{config.gateway_port}"]
+    if config.ssh_reverse:
+        words += ["-R", f"{config.ssh_reverse}:localhost:6443"]
+    options = [*SSH_OPTIONS]
+    if config.ssh_identity:
+        words += ["-i", config.ssh_identity]
+        options.append("IdentitiesOnly=yes")
+    for option in [*options, *(config.ssh_option or ())]:
+        words += ["-o", option]
+    if user:
+        words += ["-l", user]
+    if port:
+        words += ["-p", port]
+    return [*words, "--", host]
+
+
 class Redactor:
     """Masks tokens in what is printed: any 8 characters of them in a row, encoded ones too.
 
@@ -690,6 +773,32 @@ def parse_host(text: str) -> str:
     return host
 
 
+parse_port = checked("[0-9]{1,5}", "is not a port: give a number from 1 to 65535", int, 1, 65535)
+
+
+def parse_place(text: str) -> str:
+    """The text, whose port, where it ends with one, is one."""
+    found = re.search("(?:^|:)([0-9]+)$", text)
+    if found:
+        parse_port(found[1])
+    return text
+
+
+parse_ssh_host = checked(SSH_HOST_PATTERN, "is not a host that ssh can go to: give"
+                         " [user@]host[:port], as in me@gateway.example.com", parse_place)
+parse_ssh_gateway = checked(f"{HOST_PATTERN}:[0-9]+", "is not a host with its port: give"
+                            " host:port, as in localhost:31994", parse_place)
+parse_ssh_reverse = checked(f"({HOST_PATTERN}:)?[0-9]+", "is not a port, with an address or"
+                            " without: give one such as 6443 or 10.0.0.7:6443", parse_place)
+SSH_OPTION_PATTERN = (
+    rf"ProxyJump={SSH_HOST_PATTERN}(,{SSH_HOST_PATTERN})*|(HostKeyAlias|UserKnownHostsFile"
+    "|GlobalKnownHostsFile|CertificateFile|Ciphers|KexAlgorithms|MACs|AddressFamily|BindAddress)"
+    r"=[\w@.,:+^~/\[\]-]+")
+parse_ssh_options = checked(
+    rf"({SSH_OPTION_PATTERN})(\n({SSH_OPTION_PATTERN}))*", "is not passed on to ssh: give one such"
+    " as ProxyJump=HOST, without blanks, and any other in ssh's own configuration", str.splitlines)
+
+
 def parse_ca_file(path: str) -> str:
     """A PEM file of root certificates."""
     import ssl
@@ -710,6 +819,7 @@ class Option(NamedTuple):
     help: str
     default: str | None = None
     key: str = ""           # in the file, where it is not the name
+    many: bool = False      # given again and again, a list in the file, one a line in a Setting
 
     @property
     def flag(self) -> str:
@@ -718,8 +828,8 @@ class Option(NamedTuple):
 
     @property
     def variable(self) -> str:
-        """The environment variable; an action has none."""
-        return "" if self.group == "actions" else "BETA9_" + self.name.upper()
+        """The environment variable; an action has none, nor has a list."""
+        return "" if self.group == "actions" or self.many else "BETA9_" + self.name.upper()
 
     @property
     def file_key(self) -> str:
@@ -774,14 +884,22 @@ OPTIONS = [
            "file with that token, - for standard input"),
     Option("gateway", "gateway_host", "HOST", parse_host, "host or IP", "localhost",
            "gateway.host"),
-    Option("gateway", "gateway_port", "PORT", checked(
-        "[0-9]{1,5}", "is not a port: give a number from 1 to 65535", int, 1, 65535),
-        "port", "1994", "gateway.port"),
+    Option("gateway", "gateway_port", "PORT", parse_port, "port", "1994", "gateway.port"),
     Option("gateway", "tls", "", parse_switch, "https, verified", "no", "gateway.tls"),
     Option("gateway", "ca_file", "FILE", parse_ca_file,
            "PEM file of the only root certificates to trust", key="gateway.ca_file"),
     Option("gateway", "allow_cleartext", "", parse_switch,
            "send the tokens in cleartext to public addresses too", "no", "gateway.allow_cleartext"),
+    Option("tunnel", "ssh", "HOST", parse_ssh_host,
+           "go to the gateway through ssh to there, [user@]host[:port]", key="ssh.host"),
+    Option("tunnel", "ssh_gateway", "HOST:PORT", parse_ssh_gateway,
+           "where the gateway is, seen from there", "localhost:31994", "ssh.gateway"),
+    Option("tunnel", "ssh_identity", "FILE", parse_name,
+           "private key without passphrase, else as ssh's configuration says", key="ssh.identity"),
+    Option("tunnel", "ssh_reverse", "PORT", parse_ssh_reverse, "[address:]port there that leads to"
+           " port 6443 here, this machine's k3s", key="ssh.reverse"),
+    Option("tunnel", "ssh_option", "OPTION", parse_ssh_options,
+           "option of ssh, such as ProxyJump=HOST; may be repeated", key="ssh.options", many=True),
     Option("this machine", "private_ip", "IP", parse_ip, "private address, found if not given"),
     Option("this machine", "max_cpu", "CORES", checked(
         DECIMAL, "is not a number of cores above 0: give one such as 6.5",
@@ -805,7 +923,7 @@ OPTIONS = [
     Option("behaviour", "config", "FILE", parse_name, "YAML or JSON file of these settings"),
 ]
 SECRETS = ("token", "k3s_token")
-SECTIONS = ("gateway",)     # of the file
+SECTIONS = ("gateway", "ssh")   # of the file
 # What `beta9 machine create` prints for the agent that needs a VPN.
 UNUSED_FLAGS = ("--tailscale-url", "--tailscale-auth", "--flux-upstream", "--flux-branch",
                 "--flux-github-token")
@@ -878,7 +996,8 @@ def build_command_line() -> CommandLine:
         shown = ", ".join(note for note in notes if note)
         text = f"{option.help} [{shown}]" if shown else option.help
         if option.metavar:
-            groups[option.group].add_argument(option.flag, metavar=option.metavar, help=text)
+            groups[option.group].add_argument(option.flag, metavar=option.metavar, help=text,
+                                              action="append" if option.many else "store")
         else:
             groups[option.group].add_argument(option.flag, action="store_const", const="yes",
                                               help=text)
@@ -934,10 +1053,12 @@ def read_config_file(path: str) -> dict[str, str]:
         lines = re.findall("line [0-9]+", str(error))
         place = f" at {lines[-1]}" if lines else ""
         raise AgentError(f"{where} is not a YAML or JSON mapping{place}: correct it") from None
-    known = [option.file_key for option in OPTIONS if option.file_key]
+    known = {option.file_key: option for option in OPTIONS if option.file_key}
     for key, value in tree.items():
         if key not in known:
             raise AgentError(f"{where} has an unknown key {format_word(key)}{nearest(key, known)}")
+        if known[key].many and isinstance(value, list):
+            tree[key] = value = "\n".join(str(each) for each in value)
         if isinstance(value, (dict, list)):
             raise AgentError(f"{where} has more than one value for {key}: give one")
     return {key: "" if value in (None, "null", "~") else str(value) for key, value in tree.items()}
@@ -965,7 +1086,8 @@ def read_settings(argv: list[str], environ: Any) -> dict[str, Setting]:
                    (getattr(given, option.name), option.flag))
         for rank, (text, source) in enumerate(sources):     # a later one wins
             if text or (text is not None and source == option.flag):    # elsewhere "" is unset
-                settings[option.name] = Setting(str(text), source, rank)
+                text = "\n".join(text) if isinstance(text, list) else str(text)
+                settings[option.name] = Setting(text, source, rank)
     unused = [flag for flag in UNUSED_FLAGS if getattr(given, flag[2:].replace("-", "_"))]
     if unused:
         LOG.info("accepted, but not needed by this agent: %s", ", ".join(unused))
@@ -1033,6 +1155,18 @@ def set_option(config: Config, option: Option, setting: Setting) -> None:
             config.token_files[name] = value
 
 
+def lead_through_ssh(config: Config, settings: Mapping[str, Setting]) -> None:
+    """Has the gateway be the one that --ssh-gateway names; it cannot be named twice."""
+    for name in ("gateway_host", "gateway_port"):
+        setting = settings[name]
+        if setting.rank > 0:
+            config.problems.append(f"{name} from {setting.source} does not go with --ssh: leave it"
+                                   " out, and give --ssh-gateway, the gateway as seen from there")
+        config.sources[name] = "--ssh-gateway"
+    _, config.gateway_host, port = split_place(config.ssh_gateway)
+    config.gateway_port, config.gateway_socket = int(port), os.devnull      # until ssh has one
+
+
 def build_config(given: Mapping[str, Setting], redactor: Redactor) -> Config:
     """The checked settings; `problems` has a line for each that will not do.
 
@@ -1043,13 +1177,18 @@ def build_config(given: Mapping[str, Setting], redactor: Redactor) -> Config:
     skipped = tokens if "status" in given else set()
     settings = {name: setting for name, setting in given.items() if name not in skipped}
     config = Config(sources={}, token_files={}, problems=choose_token_sources(settings),
-                    redactor=redactor, **{option.name: None for option in OPTIONS})
+                    redactor=redactor, gateway_socket="",
+                    **{option.name: None for option in OPTIONS})
     for option in OPTIONS:
         try:
             if option.name in settings:
                 set_option(config, option, settings[option.name])
         except AgentError as error:
             config.problems.append(str(error))
+    if config.dev:
+        config.ssh = None
+    if config.ssh and config.ssh_gateway:
+        lead_through_ssh(config, settings)
     if config.dev and config.token is None:
         config.token = Secret(os.urandom(16).hex())
     if config.token is None and needs_token and not config.problems:
@@ -1478,10 +1617,11 @@ class HttpClient:
     """One HTTP server, one kept connection. Every request of this program leaves here."""
 
     def __init__(self, url: str, alarm: Alarm | None, proxy: str = "", ca_file: str | None = None,
-                 cleartext_anywhere: bool = False) -> None:
+                 cleartext_anywhere: bool = False, socket_path: str = "") -> None:
         self.url, self.proxy, self.ca_file = url, proxy, ca_file
+        self.socket_path = socket_path      # to connect to, in place of the host in the URL
         self.alarm = alarm      # None in a helper thread, which is hung up by whoever waits for it
-        self.any_address = cleartext_anywhere or url.startswith("https:")
+        self.any_address = cleartext_anywhere or url.startswith("https:") or socket_path != ""
         self.request = OutgoingRequest(0, None)
         self.resolver = BackgroundQuery()
         self.adapter: Any = None
@@ -1489,6 +1629,8 @@ class HttpClient:
     def resolve(self, host: str) -> list[Any]:
         """The addresses, each of them judged. Raises UnsafeAddress, NameServerSlow, OSError."""
         request = self.request
+        if self.socket_path:
+            return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", self.socket_path)]
         addresses = look_up_digits(host)
         try:
             if not addresses:
@@ -1508,9 +1650,12 @@ class HttpClient:
             sock = socket.socket(family, kind, protocol)
             try:
                 sock.settimeout(self.request.seconds_left() / (len(addresses) - number))
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self.request.hold(sock)
-                sock.connect((address[0], port, *address[2:]))
+                if family == socket.AF_UNIX:
+                    sock.connect(address)
+                else:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    sock.connect((address[0], port, *address[2:]))
                 sock.settimeout(self.request.seconds_left())    # for TLS
                 return sock
             except OSError as error:
@@ -1555,7 +1700,7 @@ class HttpClient:
 
 
 def find_proxy(config: Config) -> str:
-    """The URL of the proxy that the environment names for the gateway; "" for none.
+    """The URL of the proxy that the environment names for the gateway; "" for none, as with --ssh.
 
     Raises AgentError for one that cannot be used, which is not shown: it may hold a password.
     """
@@ -1563,7 +1708,7 @@ def find_proxy(config: Config) -> str:
     import urllib3.util
     named = requests.utils.get_environ_proxies(config.gateway)
     proxy = requests.utils.select_proxy(config.gateway, named) or ""
-    if not proxy or is_loopback(config.gateway_host):
+    if not proxy or config.ssh or is_loopback(config.gateway_host):
         return ""
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     with contextlib.suppress(ValueError):
@@ -1584,6 +1729,8 @@ def split_proxy(proxy: str) -> tuple[str, int]:
 
 def format_peer(config: Config, proxy: str) -> str:
     """Whom the agent connects to, for people."""
+    if config.ssh:
+        return f"{config.ssh_gateway} through ssh to {config.ssh}"
     if not proxy:
         return f"{format_host(config.gateway_host)}:{config.gateway_port}"
     host, port = split_proxy(proxy)
@@ -1630,7 +1777,8 @@ def explain_failure(error: BaseException, peer: str, config: Config) -> tuple[st
                 "Renew it, or correct this machine's clock")
     if code in (62, 64) or "doesn't match" in text:
         return (f"the certificate of {peer} is not for {config.gateway_host}",
-                "Give --gateway-host a name that is in the certificate")
+                f"Give {'--ssh-gateway' if config.ssh else '--gateway-host'} a name that is in the"
+                " certificate")
     if code is not None:
         return (f"the certificate of {peer} has an unknown issuer",
                 "Give the issuer's root certificate with --ca-file")
@@ -1649,7 +1797,7 @@ class GatewayClient:
         self.config, self.proxy = config, find_proxy(config)
         self.peer = format_peer(config, self.proxy)
         self.http = HttpClient(config.gateway, alarm, self.proxy, config.ca_file,
-                               config.allow_cleartext)
+                               config.allow_cleartext, config.gateway_socket)
 
     def outcome_of_failure(self, error: Exception) -> Outcome:
         """What a request without an answer means."""
@@ -1849,6 +1997,155 @@ def write_promise(state: State, offer: Offer) -> None:
                     " free space there, or let this user write", state.path, error.strerror)
 
 
+# ---- 9 Children
+def start_child(words: list[str]) -> Any:
+    """Starts a program in a session of its own; all that it says comes through one pipe.
+
+    Our tokens are not in the environment. Linux ends it together with the thread that started it,
+    so that has to be the main one. Raises OSError.
+    """
+    import shutil
+    import subprocess
+    setpriv = shutil.which("setpriv") or ""
+    if setpriv and "busybox" not in os.path.realpath(setpriv):      # which cannot do this
+        words = [setpriv, "--pdeathsig", "TERM", *words]
+    environ = {**os.environ, "SHELL": "/bin/sh"}    # for ProxyJump; a service's may be nologin
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, start_new_session=True, env=environ)
+
+
+def can_hold_socket(path: str) -> bool:
+    """Whether ssh can listen there, as it reads signs such as : and % in another way, and no other
+    user could put something else there.
+    """
+    if not re.fullmatch(r"/[\w./+-]{1,99}", path, re.ASCII):
+        return False
+    folder = os.stat(os.path.dirname(path))
+    return folder.st_uid == os.geteuid() and not folder.st_mode & 0o022
+
+
+class Tunnel:
+    """The system's ssh, with a Unix socket as its near end; a dead or stuck one is replaced."""
+
+    def __init__(self, config: Config, state: State, deadline: float = TUNNEL_DEADLINE) -> None:
+        import shutil
+        import tempfile
+        self.program = shutil.which("ssh") or ""
+        if not self.program:
+            raise AgentError("ssh is missing: install it, `apt-get install openssh-client` or"
+                             " `dnf install openssh-clients`, then start again")
+        self.config, self.deadline, self.folder = config, deadline, ""
+        self.path = os.path.abspath(f"{state.path}.ssh")
+        if not state.path or not can_hold_socket(self.path):
+            self.folder = tempfile.mkdtemp(prefix="beta9-agent-", dir="/tmp")    # 0700
+            self.path = f"{self.folder}/ssh"
+        self.process: Any = None
+        self.said = ""              # by ssh, as far as nobody was told
+        self.start_at = self.carry_by = -math.inf
+        self.up_since: float | None = None
+        self.starts = self.failures = self.timeouts = 0     # the latter two in a row
+
+    def carries(self) -> bool:
+        """Whether ssh is there and has taken a connection."""
+        return self.up_since is not None and self.process.poll() is None
+
+    def accepts(self) -> bool:
+        """Whether ssh takes a connection: it listens when it is let in, not before."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(TICK)
+            probe.connect(self.path)
+            return True
+        return False
+
+    def listen(self) -> None:
+        """Takes over what ssh has said, the end of it where that is much."""
+        with contextlib.suppress(OSError):
+            data = os.read(self.process.stdout.fileno(), select.PIPE_BUF * 16)
+            self.said = (self.said + data.decode(errors="replace"))[-4000:]
+
+    def start(self, now: float) -> None:
+        """Starts ssh. Raises OSError."""
+        self.starts += 1
+        self.said, self.timeouts, self.carry_by = "", 0, now + self.deadline
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        self.process = start_child([self.program, *ssh_arguments(self.config, self.path)])
+        os.set_blocking(self.process.stdout.fileno(), False)
+
+    def stop(self) -> None:
+        """Ends ssh, also one that hangs, and what it has started."""
+        import subprocess
+        if self.process is not None:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.1)
+            self.process.stdout.close()
+        self.process = self.up_since = None
+
+    def fail(self, why: str, now: float) -> Outcome:
+        """Ends ssh until its next start; ssh's own words are better than `why`."""
+        self.stop()
+        self.failures += 1
+        self.start_at = now + tunnel_pause(self.failures, random.uniform)
+        line, remedy = explain_ssh(self.said, self.config)
+        said = f"says: {line}" if line else why
+        return Outcome(Kind.TROUBLE, f"ssh to {self.config.ssh} {said}", remedy)
+
+    def tend(self, now: float) -> Outcome | None:
+        """Starts ssh when it is time. OK once it carries, TROUBLE where it failed, else None."""
+        if self.process is None:
+            try:
+                if now >= self.start_at:
+                    self.start(now)
+                return None
+            except OSError as error:
+                return self.fail(f"cannot be started, {printable(error)}", now)
+        self.listen()
+        if self.process.poll() is not None:
+            self.listen()
+            return self.fail(f"ended with {self.process.returncode}", now)
+        if self.up_since is not None:
+            return None
+        if self.accepts():
+            self.up_since = now
+            return Outcome(Kind.OK)
+        late = now > self.carry_by
+        return self.fail(f"was not let in within {self.deadline:g} s", now) if late else None
+
+    def judge(self, outcome: Outcome, timed_out: bool, now: float) -> Outcome:
+        """What a request through ssh came to, by what became of ssh meanwhile."""
+        import subprocess
+        self.listen()
+        if outcome.kind is not Kind.TROUBLE:
+            self.said, self.timeouts, self.failures = "", 0, 0
+            return outcome
+        self.timeouts = self.timeouts + 1 if timed_out else 0
+        if self.timeouts >= 2:
+            return self.fail("is stuck, as two requests in a row got no answer", now)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.1)      # it may be about to end
+        failure = self.tend(now)
+        if failure is None and "open failed" in self.said:
+            line, remedy = explain_ssh(self.said, self.config)
+            self.said = ""
+            return outcome._replace(text=f"ssh to {self.config.ssh} says: {line}", remedy=remedy)
+        return failure or outcome
+
+    def record(self) -> dict[str, Any]:
+        """Its part of the status record."""
+        return {"tunnel": self.config.ssh, "tunnel_up_since": self.up_since,
+                "tunnel_replaced": max(self.starts - 1, 0)}
+
+    def close(self) -> None:
+        """Ends ssh for good, and takes the socket away."""
+        self.stop()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        with contextlib.suppress(OSError):
+            os.rmdir(self.folder)       # which may be none
+
+
 # ---- 10 Loop
 def notify_systemd(state: str) -> None:
     """Tells systemd, where it started us. Source: sd_notify(3)."""
@@ -1926,8 +2223,10 @@ class StopFlag:
 class Agent:
     """One machine's life at its gateway: registers, keeps alive, reports, leaves."""
 
-    def __init__(self, config: Config, state: State, client: GatewayClient) -> None:
+    def __init__(self, config: Config, state: State, client: GatewayClient,
+                 tunnel: Tunnel | None = None) -> None:
         self.config, self.state, self.client, self.host = config, state, client, Host()
+        self.tunnel = tunnel
         self.started_at = self.told_at = read_clock()
         self.lease, self.ready = Lease(self.started_at), False
         self.trouble, self.token_lines, self.ttl_lines = (
@@ -1968,7 +2267,8 @@ class Agent:
             "format": STATUS_FORMAT, "agent_version": VERSION, "state": state,
             "machine_id": self.state.machine_id, "pool_name": config.pool_name,
             "provider_name": config.provider_name, "gateway": config.gateway,
-            "proxy": self.client.peer if self.client.proxy else "", "pid": os.getpid(),
+            "proxy": self.client.peer if self.client.proxy else "",
+            **(self.tunnel.record() if self.tunnel else {}), "pid": os.getpid(),
             "process_start": self.process_start, "wall_clock": time.time(),
             "clock": now, "started_at": self.started_at, "ready_since": self.ready_since,
             "failing_since": lease.failing_since, "failure": redact(self.failure),
@@ -1992,6 +2292,7 @@ class Agent:
         """Says what begins, and warns of what will not work."""
         config = self.config
         through = f" through {self.client.peer}" if self.client.proxy else ""
+        through = f" through ssh to {config.ssh}" if config.ssh else through
         cards = "".join(f", {gpu.name or 'a lost GPU'}" for gpu in self.gpus or ())
         LOG.info("beta9-agent %s: machine %s, pool %s, gateway %s%s, offers %s%s", VERSION,
                  self.state.machine_id, config.pool_name, config.gateway, through,
@@ -2069,6 +2370,8 @@ class Agent:
         payload, start = self.payload_of(call), read_clock()
         outcome = self.client.send(call, payload, deadline_of(call, before, self.config))
         now = read_clock()
+        if self.tunnel is not None:
+            outcome = self.tunnel.judge(outcome, self.client.http.request.timed_out, now)
         self.count(call, outcome, start, now)
         self.lease = lease_after(before, call, outcome, now, self.config, random.uniform)
         if outcome.kind is Kind.OK:
@@ -2076,13 +2379,47 @@ class Agent:
             return outcome
         if outcome.kind is Kind.FORGOTTEN:
             self.cause = f"the gateway did not know this machine any more ({outcome.text})"
+        self.fail(call, outcome, now, stop)
+        return outcome
+
+    def fail(self, call: str, outcome: Outcome, now: float, stop: StopFlag) -> None:
+        """What follows from a failure. Raises AgentError before the first ready only."""
         waited = now - self.started_at
         code = exit_code_after(outcome, self.lease, waited, now, self.config)
         if code is not None and not self.ready and not stop.is_set():
             raise AgentError(f"giving up after {waited:.1f} s: {call} failed, {outcome.text}."
                              f" {outcome.remedy}", code)
+        if self.tunnel is not None and not self.tunnel.carries():
+            self.lease = self.lease._replace(due=self.tunnel.start_at)
+            self.tunnel.start_at = self.next_wake()     # sooner, where patience ends before it
         self.report_failure(call, outcome, now)
-        return outcome
+
+    def tend_tunnel(self, stop: StopFlag) -> None:
+        """Looks after ssh. Raises AgentError before the first ready only."""
+        now = read_clock()
+        outcome = self.tunnel.tend(now) if self.tunnel else None
+        if outcome is None:
+            return
+        if outcome.kind is not Kind.OK:
+            self.count("tunnel", outcome, now, now)
+            self.lease = lease_after(self.lease, "tunnel", outcome, now, self.config,
+                                     random.uniform)
+            self.fail("tunnel", outcome, now, stop)
+        self.write_status("running")
+
+    def wait_for_turn(self, stop: StopFlag) -> None:
+        """Waits for the next attempt; with --ssh also until the tunnel carries, and looks after it.
+
+        Raises AgentError before the first ready only.
+        """
+        if self.tunnel is None:
+            stop.wait_until(self.next_wake())
+        while self.tunnel is not None and not stop.is_set():
+            self.tend_tunnel(stop)
+            now, carries = read_clock(), self.tunnel.carries()
+            if carries and now >= self.next_wake():
+                return
+            stop.wait_until(min(now + TICK, self.next_wake()) if carries else now + TICK / 5)
 
     def count(self, call: str, outcome: Outcome, start: float, now: float) -> None:
         """Notes a call for --status."""
@@ -2169,18 +2506,22 @@ class Agent:
         self.write_status("starting")
         confirmed = False
         try:
+            self.wait_for_turn(stop)
             while not stop.is_set():
                 confirmed = self.attempt(stop).kind is Kind.OK
                 self.write_status("running")
                 if self.ready and self.config.once:
                     return 0
-                stop.wait_until(self.next_wake())
+                self.wait_for_turn(stop)
             notify_systemd("STOPPING=1")
             LOG.info("stopping")
-            if self.ready and confirmed:    # else the gateway is away: a stop must not wait for it
+            reachable = self.tunnel is None or self.tunnel.carries()
+            if self.ready and confirmed and reachable:      # a stop must not wait for anybody
                 self.leave(stop)
             return 0
         finally:
+            if self.tunnel is not None:
+                self.tunnel.close()
             self.write_status("stopped")
 
 
@@ -2439,11 +2780,16 @@ def draw_status(status: Status, headline: str, signs: str) -> list[str]:
     if not status.record:
         return lines
     through = f" through {text('proxy')}" if status.record.get("proxy") else ""
+    tunnel, up = [], status.ago("tunnel_up_since")
+    if status.record.get("tunnel"):
+        state = "is down" if up is None else f"carries since {format_seconds(up)}"
+        tunnel = [f"tunnel     {state}, replaced {text('tunnel_replaced')} times, ssh to"
+                  f" {text('tunnel')}"]
     return [line[:79] for line in [
         *lines[:6], "",
         f"machine    {text('machine_id')}, pool {text('pool_name')}, provider"
         f" {text('provider_name')}",
-        f"gateway    {text('gateway')}{through}",
+        f"gateway    {text('gateway')}{through}", *tunnel,
         f"agent      {text('agent_version')}, pid {text('pid')}, up"
         f" {format_seconds(status.ago('started_at'))}",
         f"keepalive  last {format_seconds(status.ago('last_keepalive_at'))} ago, next in"
@@ -2557,6 +2903,33 @@ def explain_check(config: Config, what: str, answer: Answer) -> list[Finding]:
     """What is wrong with an answer, and the remedy."""
     outcome = explain_answer(what, answer.status, answer.headers, answer.body, config)
     return [fail(f"{outcome.text}. {outcome.remedy}")]
+
+
+def open_tunnel(config: Config, tunnels: contextlib.ExitStack) -> list[Finding]:
+    """What becomes of an ssh that is left in `tunnels` to be closed.
+
+    Not for a thread, with which Linux would end ssh.
+    """
+    try:
+        tunnel = Tunnel(config, State(""), CHECK_DEADLINE / 2)
+    except AgentError as error:
+        return [fail(str(error))]
+    tunnels.callback(tunnel.close)
+    config.gateway_socket, outcome = tunnel.path, None
+    while outcome is None:
+        time.sleep(TICK / 10)
+        outcome = tunnel.tend(read_clock())
+    found = [good(f"ssh is {tunnel.program}")]
+    if outcome.kind is Kind.OK:
+        found.append(good(f"{config.ssh} accepts the key"))
+        client = GatewayClient(config, None)
+        try:
+            client.ask("GET", "/health", None, CHECK_DEADLINE / 4, ANSWER_LIMIT)
+            return [*found, good(f"it carries to {config.ssh_gateway}, seen from there")]
+        except Exception as error:
+            outcome = tunnel.judge(client.outcome_of_failure(error), timed_out=False,
+                                   now=read_clock())
+    return [*found, fail(f"{outcome.text}. {outcome.remedy}")]
 
 
 def check_gateway(config: Config) -> list[Finding]:
@@ -2741,25 +3114,40 @@ def check_machine(config: Config, offer: Offer, status: Status) -> list[Finding]
     return found
 
 
-def show_check(config: Config, as_json: bool) -> int:
-    """Prints what all checks find, which change nothing; the exit code."""
-    status = read_status(config)
+def find_all(config: Config, tunnels: contextlib.ExitStack) -> list[tuple[str, list[Finding]]]:
+    """What each check finds, by its name; ssh, where there is one, is left in `tunnels`."""
+    status, end = read_status(config), read_clock() + CHECK_DEADLINE
     machine_id = config.machine_id or read_machine_id(find_state_dir(config))
     offer = Offer(None, None, None)
     with contextlib.suppress(ModuleNotFoundError):      # said below
         offer = offer_of(*Host().sample(), config)
     checks: dict[str, Callable[[], list[Finding]]] = {
         "settings": lambda: check_settings(config),
+        "tunnel": lambda: [],
         "gateway": lambda: check_gateway(config),
         "token": lambda: check_token(config, machine_id, status.is_running()),
         "keepalive": lambda: check_keepalive(config),
         "pool": lambda: check_pool(config, offer),
         "k3s": lambda: check_k3s(config), "GPUs": check_gpus,
         "machine": lambda: check_machine(config, offer, status)}
-    if config.problems:
-        skipped = [fail("not checked: correct the settings above first")]
+    fault = "correct the settings above first" if config.problems else ""
+    if config.ssh and not fault:
+        if status.is_running():     # which has that port there
+            config.ssh_reverse = None
+        found = open_tunnel(config, tunnels)
+        checks["tunnel"] = lambda: found
+        if found[-1].mark == "fail":
+            fault = "mend the tunnel above first"
+    if fault:
+        skipped = [fail(f"not checked: {fault}")]
         checks.update(dict.fromkeys(("gateway", "token", "keepalive", "pool"), lambda: skipped))
-    results = run_checks(checks, CHECK_DEADLINE)
+    return run_checks(checks, end - read_clock())
+
+
+def show_check(config: Config, as_json: bool) -> int:
+    """Prints what all checks find, which change nothing; the exit code."""
+    with contextlib.ExitStack() as tunnels:
+        results = find_all(config, tunnels)
     findings = [{"check": name, "result": mark, "text": config.redactor.redact(text)}
                 for name, found in results for mark, text in found]
     failed = any(finding["result"] == "fail" for finding in findings)
@@ -2794,6 +3182,10 @@ def show_dry_run(config: Config) -> None:
             source = config.sources.get(option.name)
             print(f"{option.name}: {shown}" + (f"  ({source})" if source else ""))
     print("proxy:", client.peer if client.proxy else "none")
+    if config.ssh:
+        import shlex
+        path = f"{find_state_dir(config)}/{machine_id or 'ID'}.ssh"
+        print("starts:", printable(shlex.join(["ssh", *ssh_arguments(config, path)]), 2000))
     agent = Agent(config, State(config.machine_id), client)
     for call in (REGISTER, KEEPALIVE):
         text = json.dumps(agent.payload_of(call), indent=2, default=str)
@@ -3177,7 +3569,7 @@ id "$user" >/dev/null 2>&1 || useradd --system --user-group --home-dir "$state" 
 mkdir -p "$opt" "$etc" "${wrapper%/*}"
 chown root:root "$opt" "$etc"
 chmod 755 "$opt" "$etc"
-
+{tunnel}
 step 'unpacking the agent'
 {payload}
 [ "$(sha256sum <"$program.new" | cut -d ' ' -f 1)" = {sha256} ] ||
@@ -3239,6 +3631,7 @@ catch_signals
 systemctl daemon-reload
 systemctl -q enable $units
 systemctl restart --no-block $units
+{authorize}
 case $0 in /var/lib/cloud/*) step 'started: beta9-agent --status tells more'; exit 0 ;; esac
 
 step 'waiting until it is ready, for about a minute'
@@ -3265,6 +3658,34 @@ printf '%s\n' "$shown"
 }
 }
 main; exit; }
+"""
+
+# Put into it with --ssh: before the agent is unpacked, and after it is started.
+INSTALL_TUNNEL = r"""
+step 'looking after ssh and its key'
+ssh=$state/.ssh known_hosts={known_hosts} new_key=
+install -d -m 755 -o "$user" -g "$user" "$state"
+runuser -u "$user" -- mkdir -p -m 700 "$ssh"
+[ -n "$known_hosts" ] || [ -s "$ssh/known_hosts" ] || fail {unknown_host}
+command -v ssh-keygen >/dev/null ||
+    dnf -q -y install openssh-clients 2>/dev/null || {
+    apt-get -qq -o DPkg::Lock::Timeout=300 update
+    apt-get -qq -y -o DPkg::Lock::Timeout=300 install openssh-client >/dev/null
+}
+[ -e "$ssh/id_ed25519" ] || new_key=1
+# shellcheck disable=SC2016  # for that shell
+runuser -u "$user" -- sh -euc 'umask 077; cd "$1"; chmod 700 .
+    [ -e id_ed25519 ] || ssh-keygen -q -t ed25519 -N "" -C beta9-agent -f id_ed25519
+    [ -z "$2" ] || grep -qxF "$2" known_hosts 2>/dev/null || printf "%s\n" "$2" >>known_hosts
+    ' sh "$ssh" "$known_hosts"
+"""
+INSTALL_AUTHORIZE = r"""if [ -n "$new_key" ]; then
+    step {append_there}
+    printf '%s %s\n' {rights} "$(cat "$ssh/id_ed25519.pub")"
+    doing=
+    case $0 in /var/lib/cloud/*) exit 0 ;; esac
+    exit 3
+fi
 """
 
 UNINSTALL = r"""#!/bin/sh
@@ -3319,10 +3740,15 @@ def pin_packages() -> str:
     return " ".join(pinned)
 
 
+def fill_in(text: str, words: Mapping[str, str]) -> str:
+    """The text with the {words} in it replaced; other braces stay."""
+    return re.sub(r"\{([a-z0-9_]+)\}", lambda found: words.get(found[1], found[0]), text)
+
+
 def format_settings(settings: Mapping[str, Setting]) -> str:
     """The settings that were given, as YAML in ASCII, without secrets and what the script adds."""
     left_out = ("hostname", "machine_id", "state_dir", "token", "token_file", "k3s_token",
-                "k3s_token_file")
+                "k3s_token_file", "ssh_identity")
     lines = ['state_dir: "/var/lib/beta9-agent"', 'token_file: "/etc/beta9-agent/token"']
     lines += K3S_SETTINGS if "k3s" in settings else []
     for option in OPTIONS:
@@ -3330,8 +3756,8 @@ def format_settings(settings: Mapping[str, Setting]) -> str:
         given = setting is not None and setting.rank > 0
         if setting is not None and given and option.file_key and option.name not in left_out:
             text = os.path.abspath(setting.text) if option.name == "ca_file" else setting.text
-            quoted = json.dumps(text, ensure_ascii=False)
-            lines.append(f"{option.file_key}: {quoted}")
+            value = text.split("\n") if option.many else text
+            lines.append(f"{option.file_key}: {json.dumps(value, ensure_ascii=False)}")
     # Python's escapes are YAML's; JSON's are not, beyond 16 bits.
     return "\n".join(lines).encode("ascii", "backslashreplace").decode()
 
@@ -3350,11 +3776,9 @@ def format_k3s_steps(config: Config) -> str:
         return ""
     if config.k3s_token:
         raise AgentError("--k3s has k3s make the token: leave out --k3s-token and its file")
-    words = {"{fetch}": shlex.quote(FETCH), "{k3s_version}": config.k3s_version or "''",
-             "{k3s_installer_sha256}": config.k3s_installer_sha256 or "''"}
-    steps = K3S_INSTALL if config.k3s == "install" else ""
-    for word, text in words.items():
-        steps = steps.replace(word, text)
+    words = {"fetch": shlex.quote(FETCH), "k3s_version": config.k3s_version or "''",
+             "k3s_installer_sha256": config.k3s_installer_sha256 or "''"}
+    steps = fill_in(K3S_INSTALL, words) if config.k3s == "install" else ""
     return f"\nmanifests=/var/lib/rancher/k3s/server/manifests\n{steps}{K3S_USE}"
 
 
@@ -3373,6 +3797,43 @@ def format_payload(program: bytes, url: str) -> str:
     lines = [packed[at:at + 200] for at in range(0, len(packed), 200)]
     return "\n".join([f'"$base" -I -c {shlex.quote(code)} >"$program.new" <<\'BETA9_END\'', *lines,
                       "BETA9_END"])
+
+
+def find_known_hosts(config: Config) -> str:
+    """What this user's known_hosts says of the host of --ssh; "" for nothing."""
+    _, host, port = split_place(config.ssh)
+    name = host if port in ("", "22") else f"[{host}]:{port}"
+    said = ""
+    with contextlib.suppress(OSError):
+        child = start_child(["ssh-keygen", "-F", name])
+        said = child.communicate(timeout=HOST_DEADLINE)[0].decode(errors="replace")
+    known = re.findall(r"^(?!#)\S+ (?:ssh|ecdsa|sk)-\S+ .*$", said, re.MULTILINE)
+    if not known:
+        LOG.warning("%s is not in known_hosts here, so it must be in that of the machine: use"
+                    " `ssh %s` once, compare fingerprints, then print this again", name, name)
+    return "\n".join(known)
+
+
+def format_tunnel(config: Config) -> dict[str, str]:
+    """The two pieces of the script for --ssh, both "" without."""
+    import shlex
+    if not config.ssh:
+        return {"tunnel": "", "authorize": ""}
+    if config.ssh_identity:
+        LOG.warning("--ssh-identity is not in this script: each machine gets a key of its own")
+    user, host, _ = split_place(config.ssh)
+    remedy = explain_ssh("Host key verification failed", config)[1]
+    words = {
+        "known_hosts": find_known_hosts(config),
+        "unknown_host": remedy.replace("~", "/var/lib/beta9-agent").replace("`", '"'),
+        "append_there": f"installed; append this line to authorized_keys of"
+                        f" {user or 'beta9-agent'} on {host}, and it will be ready:",
+        # Without a permitlisten any port there could be listened on; nobody wants port 1.
+        "rights": f'restrict,port-forwarding,permitopen="{config.ssh_gateway}",permitlisten='
+                  f'"{config.ssh_reverse or "localhost:1"}",command="/bin/false"'}
+    quoted = {name: shlex.quote(text) for name, text in words.items()}
+    return {"tunnel": fill_in(INSTALL_TUNNEL, quoted),
+            "authorize": fill_in(INSTALL_AUTHORIZE, quoted)}
 
 
 def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
@@ -3412,8 +3873,8 @@ def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
              "k3s_token": quoted(config.k3s_token), "hidden": hidden, "sha256": digest,
              "hash": digest[:12], "packages": pin_packages(), "settings": format_settings(settings),
              "payload": format_payload(program, config.fetch_from or ""),
-             "k3s": format_k3s_steps(config)}
-    print(re.sub(r"\{([a-z0-9_]+)\}", lambda found: words.get(found[1], found[0]), INSTALL), end="")
+             "k3s": format_k3s_steps(config), **format_tunnel(config)}
+    print(fill_in(INSTALL, words), end="")
 
 
 # ---- 14 Entry
@@ -3424,13 +3885,17 @@ def run_agent(config: Config) -> int:
     stop = StopFlag(alarm)
     alarm.install()
     stop.install()
+    tunnel = None
     if config.dev:
         port = start_stand_in(StandIn(config.token.reveal(), config.pool_name))
         config.gateway_host, config.gateway_port, config.tls = "127.0.0.1", port, False
         state = State(config.machine_id or os.urandom(4).hex())
     else:
         state = open_state(config)
-    return Agent(config, state, GatewayClient(config, alarm)).run(stop)
+    if config.ssh:
+        tunnel = Tunnel(config, state)
+        config.gateway_socket = tunnel.path
+    return Agent(config, state, GatewayClient(config, alarm), tunnel).run(stop)
 
 
 # One of them, or none to keep the machine; and what goes with which.

@@ -982,6 +982,33 @@ def test_trouble_recovery_of_what_was_not_told_is_not_told():
     assert not trouble.failed(1020.0) and not trouble.recovered()
 
 
+# What ssh says, the line that is shown of it, and the remedy
+@pytest.mark.parametrize("said, line, remedy", [
+    ("banner\r\nno words\r\nHost key verification failed.\r\n", "Host key verification failed",
+     "`ssh-keyscan -p 2222 gw >> ~/.ssh/known_hosts`"),
+    ("@@@@\n@  WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!  @\n@@@@\nHost key verification failed.\n",
+     "WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!", "then correct known_hosts"),
+    ("me@gw: Permission denied (publickey).", "me@gw: Permission denied (publickey)",
+     "The public half of ~/key must be in authorized_keys of me"),
+    ("Warning: remote port forwarding failed for listen port 6443\nx", "Warning: remote port forwarding failed for"
+     " listen port 6443", "Port 7443 there is taken"),
+    ("channel 1: open failed: administratively prohibited: open failed", "channel 1: open failed: administratively"
+     " prohibited: open failed", "permitopen in authorized_keys there must say localhost:31994"),
+    ("kex_exchange: read\nConnection reset", "Connection reset", "`ssh -v` says more"), ("", "", "Check --ssh"),
+    ("\x1b[2J{config.token} {keyscan}", "\\x1b[2J{config.token} {keyscan}", "Check --ssh")],
+    ids=["unknown", "changed", "denied", "reverse", "permitopen", "other", "nothing", "hostile"])
+def test_explain_ssh_finds_the_line_that_matters_and_its_remedy(said, line, remedy):
+    config = config_of("--ssh", "me@gw:2222", "--ssh-reverse", "7443", "--ssh-identity", "~/key")
+    shown, advice = b9.explain_ssh(said, config)
+    assert shown == line and remedy in advice and advice.isprintable()
+
+
+@pytest.mark.parametrize("failures, least, most", [(1, 1, 2), (2, 2, 4), (3, 4, 8), (4, 8, 16), (5, 15, 30),
+                                                   (10 ** 6, 15, 30)])
+def test_tunnel_pause_grows_from_1_s_to_30_s(failures, least, most):
+    assert (b9.tunnel_pause(failures, low), b9.tunnel_pause(failures, high)) == (least, most)
+
+
 # The promises of design/reliability, simulated on the functions of this room
 def confirmations(seed, outage, burn=10.0):
     """Gaps between confirmed keepalives with one outage that begins somewhere in the schedule; s."""
@@ -1183,10 +1210,13 @@ GOOD = {  # a text and its value
     "private_ip": ("10.1.2.3", "10.1.2.3"), "max_cpu": ("6.5", 6500), "max_memory": ("48Gi", 49152),
     "max_gpus": ("2", 2), "state_dir": ("/x/y", "/x/y"), "keepalive_interval": ("0.5", 0.5),
     "startup_timeout": ("0", 0.0), "debug": ("yes", True), "tls": ("on", True),
+    "ssh": ("me@gw-1.example.com:2222", "me@gw-1.example.com:2222"), "ssh_gateway": ("[::1]:80", "[::1]:80"),
+    "ssh_identity": ("~/.ssh/id", "~/.ssh/id"), "ssh_reverse": ("10.0.0.7:6443", "10.0.0.7:6443"),
     "allow_cleartext": ("1", True), "offer_always": ("TRUE", True), "ca_file": (certifi.where(), certifi.where())}
 SWITCHES = [name for name in GOOD if OPTIONS[name].parse is b9.parse_switch]
 VALUED = [name for name in GOOD if name not in SWITCHES]
 FROM_FILES = {"token_file", "k3s_token_file", "config"}  # these name files, see below
+LISTS = {"ssh_option"}
 BAD = {
     "token": ["two words", "new\nline", "\x1b[2J", "tökén", " lead", "seven77", "qu\"oted-token"],
     "k3s_token": ["two words", "a\r\n", "é"],
@@ -1200,6 +1230,11 @@ BAD = {
     "max_memory": ["0Gi", "48", "48G", "1.5Gi", "48gb", "-1Gi", "Gi"], "max_gpus": ["-1", "1.5", "all"],
     "state_dir": [" ", "a\nb"], "keepalive_interval": ["0", "0.05", "241", "-1", "nan", "inf", "1e2", "60s"],
     "startup_timeout": ["-1", "soon", "inf", "10m"], "debug": ["2", "maybe", "yess"],
+    "ssh": ["-oProxyCommand=date", "me@-oProxyCommand=date", "-lme@gw", "me@$(date)", "gw;date", "gw`date`", "gw date",
+            "gw|x", "@gw", "a@b@gw", "gw:", "gw:0x16", "gw:22:23", "[gw", "::1", "gw\n", "ssh://gw", "%h", "gw/x"],
+    "ssh_gateway": ["gw", "31994", "me@gw:80", "-R:80", "gw:80:90", "/run/socket:80", ":80", "gw:x", "$X:80"],
+    "ssh_identity": [" ", "a\nb"],
+    "ssh_reverse": ["6443:localhost:22", "*:6443", "me@gw:6443", "-1", "x", "/run/x:6443", "gw:"],
     "tls": ["2", "https", "tru"], "allow_cleartext": ["-1", "please", "y"], "offer_always": ["never"],
     "ca_file": ["/nowhere/ca.pem", "/", str(SOURCE), sys.executable, os.devnull, "a\nb"]}
 
@@ -1216,7 +1251,7 @@ def write_json(path, name, text):
 
 
 def test_options_good_and_bad_values_cover_the_table():
-    named = set(OPTIONS) - FLAGS_ONLY - FROM_FILES
+    named = set(OPTIONS) - FLAGS_ONLY - FROM_FILES - LISTS
     assert named == set(GOOD) == set(BAD)
 
 
@@ -1310,6 +1345,77 @@ def test_option_bad_value_names_option_and_source(name, text):
         assert problems[0].isprintable()
         assert (repr(text)[1:-1][:30] in problems[0]) == (name not in b9.SECRETS) or not text.isprintable()
         assert f"of {len(text)} characters" in problems[0] or name not in b9.SECRETS
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "99999"])
+@pytest.mark.parametrize("name, before", [("ssh", "gw:"), ("ssh_gateway", "gw:"), ("ssh_reverse", ""),
+                                          ("ssh_reverse", "gw:")])
+def test_ssh_port_out_of_range_is_a_problem(name, before, text):
+    _, problems = settings_of("--token", MACHINE_TOKEN, OPTIONS[name].flag, before + text)
+    assert len(problems) == 1 and "is not a port: give a number from 1 to 65535" in problems[0]
+
+
+SSH_PASSED = ["ProxyJump=me@jump:2222,[::1]:22", "HostKeyAlias=gw", "UserKnownHostsFile=/etc/x", "Ciphers=+a,b@c",
+              "GlobalKnownHostsFile=/dev/null", "CertificateFile=~/c", "KexAlgorithms=^x", "MACs=-m",
+              "AddressFamily=inet", "BindAddress=10.0.0.1"]
+
+
+def test_ssh_options_come_from_the_command_line_again_and_again_or_from_a_list(tmp_path):
+    argv = [word for option in SSH_PASSED for word in ("--ssh-option", option)]
+    assert config_of(*argv).ssh_option == SSH_PASSED
+    (tmp_path / "c").write_text(f"ssh:\n  host: gw\n  options: {json.dumps(SSH_PASSED)}\n")
+    config = config_of("--config", str(tmp_path / "c"))
+    assert (config.ssh, config.ssh_option) == ("gw", SSH_PASSED) and config.sources["ssh_option"] == f"{tmp_path}/c"
+    assert config_of("--config", str(tmp_path / "c"), "--ssh-option", "MACs=x").ssh_option == ["MACs=x"]
+    words = b9.ssh_arguments(config, "/run/x")
+    assert [words.index(option) for option in SSH_PASSED] == sorted(words.index(option) for option in SSH_PASSED)
+    assert words.index("LogLevel=INFO") < words.index(SSH_PASSED[0]), "the agent's own win, as they come first"
+    assert "IdentitiesOnly=yes" not in words and words[-2:] == ["--", "gw"]
+    words = b9.ssh_arguments(config_of("--ssh", "gw", "--ssh-identity", "/k"), "/run/x")
+    assert words[words.index("-i") + 1] == "/k" and words[words.index("IdentitiesOnly=yes") - 1] == "-o"
+
+
+@pytest.mark.parametrize("text", [
+    "ProxyCommand=date", "LocalCommand=date", "StrictHostKeyChecking=no", "KnownHostsCommand=date", "proxycommand=x",
+    "ProxyJump=-oProxyCommand=date", "ProxyJump=$(date)", "ProxyJump=x;date", "ProxyJump=", "ProxyJump", "Ciphers=a b",
+    "MACs=x\nProxyCommand=date", "UserKnownHostsFile=/x/$HOME", "HostKeyAlias=`date`", "-oProxyCommand=date", "",
+    "BatchMode=no", "ControlPath=/x", "Include=/x", "ProxyJump x", "ProxyJump=a,,b"])
+def test_ssh_option_that_is_not_passed_on_is_a_problem(text):
+    config, problems = settings_of("--token", MACHINE_TOKEN, f"--ssh-option={text}", "--ssh-option", "MACs=x")
+    assert config is None and len(problems) == 1 and "is not passed on to ssh: give one such as" in problems[0]
+    assert problems[0].isprintable()
+
+
+@pytest.mark.parametrize("source", ["--gateway-host", "--gateway-port", "BETA9_GATEWAY_HOST", "BETA9_GATEWAY_PORT",
+                                    "file"])
+@pytest.mark.parametrize("ssh", ["flag", "variable"])
+def test_ssh_together_with_another_place_of_the_gateway_is_a_problem(tmp_path, source, ssh):
+    (tmp_path / "c").write_text("gateway: {host: 10.0.0.1}\n")
+    argv = {"file": ["--config", str(tmp_path / "c")]}.get(source, [source, "1994"] if source[0] == "-" else [])
+    env = {source: "1994"} if source.startswith("BETA9") else {}
+    argv, env = (argv + ["--ssh", "gw"], env) if ssh == "flag" else (argv, env | {"BETA9_SSH": "gw"})
+    config, problems = settings_of("--token", MACHINE_TOKEN, *argv, env=env)
+    assert config is None and len(problems) == 1 and "does not go with --ssh: leave it out" in problems[0]
+    assert (str(tmp_path) if source == "file" else source) in problems[0]
+
+
+@pytest.mark.parametrize("argv, url", [
+    ([], "http://localhost:31994"), (["--tls", "--ssh-gateway", "gw.example.com:443"], "https://gw.example.com:443"),
+    (["--ssh-gateway", "[::1]:80"], "http://[::1]:80")], ids=["default", "tls", "ipv6"])
+def test_ssh_gateway_is_the_place_in_the_url(argv, url):
+    config = config_of("--ssh", "me@gw", *argv)
+    assert config.gateway == url and "--ssh-gateway" in b9.TRY_HEALTH.format(config=config)
+
+
+@pytest.mark.parametrize("host", ["198.51.100.7", "localhost"])
+def test_ssh_without_its_socket_connects_nowhere(host):
+    outcome = b9.GatewayClient(config_of("--ssh", "gw", "--ssh-gateway", f"{host}:80"), None).send(
+        KEEPALIVE, {"machine_id": ID}, 5.0)
+    assert outcome.kind is b9.Kind.TROUBLE and "through ssh to gw" in outcome.text
+
+
+def test_ssh_with_dev_is_left_out():
+    assert config_of("--ssh", "gw", "--dev").ssh is None
 
 
 def test_token_missing_says_how_to_get_one():
@@ -2171,11 +2277,11 @@ class Box:
                          "BETA9_STATE_DIR": str(folder / "state"), "BETA9_TOKEN": TOKEN}
 
     def start(self, port, *options, before=(), python=(), stderr=None, **environ):
-        """The process; `gateway` is a Gateway or a port. Its log is in `process.log()`."""
+        """The process; `port` is a Gateway's, or None for options that say so. Its log is in `process.log()`."""
         port, host = (port.port, port.host) if isinstance(port, Gateway) else (port, "127.0.0.1")
         log = self.folder / f"log{len(self.started)}"
-        words = [*before, sys.executable, *python, PROGRAM, "--gateway-host", host,
-                 "--gateway-port", str(port), "--keepalive-interval", "0.1", *options]
+        there = ["--gateway-host", host, "--gateway-port", str(port)] if port else []
+        words = [*before, sys.executable, *python, PROGRAM, *there, "--keepalive-interval", "0.1", *options]
         with open(log, "wb") as file:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=stderr or file,
                                        env={**self.environ, **environ})
@@ -2857,7 +2963,7 @@ def test_cleartext_to_a_public_address_is_unsafe_and_names_the_ways_out(environ,
     outcome = b9.GatewayClient(config_of("--gateway-host", host), None).send(REGISTER, {"machine_id": ID}, 5.0)
     assert outcome.kind is b9.Kind.UNSAFE and address in outcome.text and tried == []
     assert b9.exit_code_after(outcome, b9.Lease(0.0), 0.0, 0.0, config_of()) == 2
-    assert all(words in outcome.remedy for words in ("--tls", "SSH", "--allow-cleartext"))
+    assert all(words in outcome.remedy for words in ("--tls", "--ssh", "--allow-cleartext"))
 
 
 @pytest.mark.parametrize("name", UNSAFE)
@@ -3079,6 +3185,569 @@ def test_lock_file_holds_our_pid_alone(box, gateway):
     lock.write_text("123456789\nand more of a longer file\n")
     process = box.ready(gateway, "--machine-id", "1165a9b6")
     assert lock.read_text() == f"{process.pid}\n"
+
+
+# ---- 9 Children
+SSHD = "/usr/sbin/sshd"
+
+
+def free_ports():
+    """Of those that the system does not hand out by itself."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            yield port
+
+
+def connected(port, host="127.0.0.1"):
+    """A connection, where somebody listens."""
+    with contextlib.suppress(ConnectionError):
+        return socket.create_connection((host, port), 30)
+
+
+class SshHost:
+    """The gateway's host with its sshd, made as README says; the `ssh` of the agent reads this folder's files
+    and none of the user's own.
+    """
+
+    def __init__(self, box, gateway):
+        self.box, self.gateway, self.folder = box, gateway, pathlib.Path(tempfile.mkdtemp(dir=ROOT))
+        ports = free_ports()
+        self.port, self.remote, self.other = (next(ports) for _ in range(3))
+        self.user, self.keys = pwd.getpwuid(os.getuid()).pw_name, self.folder / "keys"
+        self.known = self.folder / "known_hosts"
+        for name in ("host", "id", "stranger"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / name], check=True)
+        self.known.write_text(f"[127.0.0.1]:{self.port} {(self.folder / 'host.pub').read_text()}")
+        line = block("file: ~USER/.ssh/authorized_keys").replace("31994", str(gateway.port))
+        public = (self.folder / "id.pub").read_text().strip()
+        self.keys.write_text(line.replace("6443", str(self.remote)).replace("PUBLIC-KEY", public))
+        # What a user may have there, and the agent overrules
+        (self.folder / "ssh.conf").write_text(f"""Host *
+            IdentityFile {self.folder}/id
+            IdentitiesOnly yes
+            IdentityAgent none
+            UserKnownHostsFile {self.known}
+            GlobalKnownHostsFile /dev/null
+            BatchMode no
+            ExitOnForwardFailure no
+            ServerAliveInterval 0
+            ControlMaster auto
+            ControlPath {self.folder}/master
+            ForwardAgent yes
+            ForwardX11 yes
+            LogLevel QUIET\n""")
+        stub(self.folder / "bin/ssh", f'exec {shutil.which("ssh")} -F {self.folder}/ssh.conf "$@"')
+        self.environ = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}"}
+        match = block("file: /etc/ssh/sshd_config.d/beta9-tunnel.conf").replace("User USER", f"User {self.user}")
+        self.conf = self.folder / "sshd.conf"
+        self.conf.write_text(f"""ListenAddress 127.0.0.1
+            Port {self.port}
+            HostKey {self.folder}/host
+            AuthorizedKeysFile {self.keys}
+            PidFile none
+            StrictModes no
+            UsePAM no
+            PermitRootLogin prohibit-password
+            Subsystem sftp internal-sftp\n{match}""")
+        if os.getuid() == 0:
+            os.makedirs("/run/sshd", 0o755, exist_ok=True)
+        # OpenSSH 9.8 and later shut out for a while those whose sessions were killed
+        self.command, patient = [SSHD, "-f", self.conf], ["-o", "PerSourcePenalties=no"]
+        if subprocess.run([*self.command, *patient, "-t"], capture_output=True).returncode == 0:
+            self.command += patient
+        self.listen()
+
+    def listen(self):
+        with open(self.folder / "log", "ab") as log:
+            self.sshd = psutil.Popen([*self.command, "-D", "-e"], stdin=subprocess.DEVNULL, stderr=log)
+        wait(lambda: connected(self.port) or self.sshd.poll() is not None, self.log).close()
+
+    def log(self):
+        """What sshd said."""
+        return (self.folder / "log").read_text(errors="replace")
+
+    def sessions(self):
+        """The server's processes of all connections."""
+        return self.sshd.children(recursive=True)
+
+    def kill(self, processes):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def stop(self):
+        """The server is gone, without a word."""
+        self.sshd.suspend()
+        sessions = self.sessions()
+        self.sshd.kill()
+        self.sshd.wait()
+        self.kill(sessions)
+
+    def options(self, *more):
+        return ["--ssh", f"{self.user}@127.0.0.1:{self.port}", "--ssh-gateway", f"localhost:{self.gateway.port}",
+                *more]
+
+    def start(self, *more, **environ):
+        """An agent that has no other way to the gateway."""
+        return self.box.start(None, *self.options(*more), **self.environ, **environ)
+
+    def ready(self, *more, **environ):
+        after, process = len(self.gateway.seen), self.start(*more, **environ)
+        wait(lambda: self.gateway.ready(after) or process.poll() is not None, process.log)
+        assert process.poll() is None, process.log()
+        return process
+
+    def run(self, *more, **environ):
+        return self.box.run(*self.options(*more), **self.environ, **environ)
+
+    def clients(self):
+        """The processes of ssh that run for it, and for no other test."""
+        found = []
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if process.info["name"] == "ssh" and f"{self.folder}/ssh.conf" in (process.info["cmdline"] or ()):
+                found.append(process)
+        return found
+
+    def change(self, path, old, new):
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    def close(self):
+        self.box.close()
+        self.stop() if self.sshd.is_running() else None
+        self.kill(self.clients())
+
+
+@provided
+def ssh_host(stack, made):
+    if not os.access(SSHD, os.X_OK) or not shutil.which("ssh"):
+        pytest.skip("no sshd or no ssh here")
+    return stack.enter_context(contextlib.closing(SshHost(made["box"], made["gateway"])))
+
+
+needs_setpriv = pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv here: ssh outlives kill -9")
+
+
+@beside
+def test_ssh_keepalives_come_through_a_socket_that_nobody_else_can_take(box, gateway, ssh_host):
+    process = ssh_host.ready("--machine-id", ID, "--keepalive-interval", "0.2")
+    wait(lambda: len(gateway.calls(KEEPALIVE)) > 3, process.log)
+    path = box.folder / f"state/{ID}.ssh"
+    assert mode_of(path) == 0o600 and path.is_socket()
+    assert mode_of(path.parent) & 0o022 == 0 and path.parent.stat().st_uid == os.getuid()
+    assert {link.headers["Host"] for link in gateway.seen} == {f"localhost:{gateway.port}"}
+    client, = ssh_host.clients()
+    assert TOKEN not in str(client.cmdline()) + str(client.environ()) and "BETA9_TOKEN" not in client.environ()
+    assert os.getsid(client.pid) == client.pid, "Ctrl-C reaches the agent alone"
+    assert stopped(process) == 0 and not path.exists() and ssh_host.clients() == []
+    assert gateway.seen[-1].call == REGISTER, "it left through the tunnel"
+
+
+@pytest.mark.parametrize("lost", ["session", "server", "ssh"])
+@beside
+def test_ssh_lost_comes_back_and_the_same_agent_is_ready_again(box, gateway, ssh_host, lost):
+    process = ssh_host.ready()
+    before = ssh_host.clients()
+    if lost == "session":
+        ssh_host.kill(ssh_host.sessions())
+    elif lost == "ssh":
+        ssh_host.kill(before)
+    else:
+        ssh_host.stop()
+        wait(lambda: "tunnel failed" in process.log() or "keepalive failed" in process.log(), process.log)
+        after = gateway.connections
+        time.sleep(0.3)
+        assert gateway.connections == after, "nothing is sent while ssh is down"
+        ssh_host.listen()
+    gateway.ready_again()
+    wait(lambda: "ready again after" in process.log(), process.log)
+    assert process.poll() is None and not set(before) & set(ssh_host.clients())
+    assert record_of(box)["tunnel_replaced"] >= 1 and len(gateway.calls(REGISTER)) == 1
+
+
+@pytest.mark.parametrize("stuck", ["server", "ssh"])
+@beside
+def test_ssh_stuck_is_replaced_after_two_requests_without_answer(box, gateway, ssh_host, stuck):
+    process = ssh_host.ready()
+    before = ssh_host.clients()
+    hung = before if stuck == "ssh" else ssh_host.sessions()
+    for each in hung:
+        each.suspend()
+    gateway.ready_again()
+    assert "is stuck, as two requests in a row got no answer" in process.log()
+    assert process.poll() is None and not set(before) & set(ssh_host.clients())
+    ssh_host.kill(hung)
+
+
+@pytest.mark.slow
+@beside
+def test_ssh_with_a_silent_server_is_ended_by_its_own_keepalives(box, gateway, ssh_host):
+    """While no request is due: without an agent."""
+    tunnel = b9.Tunnel(config_of(*ssh_host.options()), b9.State(""))
+    tunnel.program = str(ssh_host.folder / "bin/ssh")
+    with contextlib.closing(tunnel):
+        assert wait(lambda: tunnel.tend(b9.read_clock()), ssh_host.log).kind is b9.Kind.OK
+        for each in ssh_host.sessions():
+            each.suspend()
+        outcome = wait(lambda: tunnel.tend(b9.read_clock()), ssh_host.log, limit=75)
+        assert outcome.kind is b9.Kind.TROUBLE and "not responding" in outcome.text
+        assert wait(lambda: tunnel.tend(b9.read_clock()), ssh_host.log).kind is b9.Kind.OK
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda it: it.name)
+@beside
+def test_ssh_that_hangs_ends_with_its_agent_within_2_s(box, gateway, ssh_host, number):
+    process = ssh_host.ready("--keepalive-interval", "60")
+    for each in ssh_host.clients():
+        each.suspend()
+    start = time.monotonic()
+    assert stopped(process, number) == 0 and ssh_host.clients() == []
+    assert time.monotonic() - start < 4, "2 s, and as much again on a busy machine"
+
+
+@needs_setpriv
+@beside
+def test_ssh_ends_when_its_agent_is_killed(box, gateway, ssh_host):
+    process = ssh_host.ready()
+    assert len(ssh_host.clients()) == 1
+    stopped(process, signal.SIGKILL)
+    wait(lambda: ssh_host.clients() == [])
+
+
+@beside
+def test_ssh_agent_started_again_after_kill_takes_the_old_socket_over(box, gateway, ssh_host):
+    stopped(ssh_host.ready("--machine-id", ID), signal.SIGKILL)
+    assert (box.folder / f"state/{ID}.ssh").exists()
+    ssh_host.ready("--machine-id", ID)
+
+
+@pytest.mark.parametrize("state", ["x" * 100, "others-may-write", "a:b%c"], ids=["long", "open", "odd"])
+@beside
+def test_ssh_socket_has_a_folder_of_its_own_where_the_state_folder_is_no_place_for_it(box, gateway, ssh_host, state):
+    folder = box.folder / state
+    folder.mkdir()
+    folder.chmod(0o777 if state == "others-may-write" else 0o755)
+    process = ssh_host.ready(BETA9_STATE_DIR=str(folder))
+    words = ssh_host.clients()[0].cmdline()
+    path = pathlib.Path(words[words.index("-L") + 1].partition(":")[0])
+    assert path.parent.parent == pathlib.Path("/tmp") and mode_of(path.parent) == 0o700 and mode_of(path) == 0o600
+    assert stopped(process) == 0 and not path.parent.exists()
+
+
+def listens_in_silence(it):
+    """On the port of ssh is somebody who never answers."""
+    it.stop()
+    it.listener = socket.create_server(("127.0.0.1", it.port))
+
+
+# What is wrong -> how the test makes it so, more options, ssh's words and those of the remedy
+SSH_TROUBLE = {
+    "host key unknown": (lambda it: it.known.write_text(""), [], "Host key verification failed", "ssh-keyscan -p"),
+    "host key of another": (
+        lambda it: it.change(it.known, (it.folder / "host.pub").read_text().split()[1],
+                             (it.folder / "stranger.pub").read_text().split()[1]), [],
+        "REMOTE HOST IDENTIFICATION HAS CHANGED", "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub"),
+    "key not let in": (lambda it: it.keys.write_text(""), [], "Permission denied", "must be in authorized_keys of"),
+    "key with a passphrase": (
+        lambda it: subprocess.run(["ssh-keygen", "-p", "-N", "passphrase", "-f", it.folder / "id"], check=True,
+                                  capture_output=True), [], "Permission denied", "without passphrase"),
+    "key not there": (lambda it: it.change(it.folder / "ssh.conf", f"{it.folder}/id", "none"),
+                      ["--ssh-identity", "/nowhere/key"], "/nowhere/key not accessible", "Check --ssh-identity"),
+    "port there not permitted": (lambda it: it.change(it.keys, f'listen="{it.remote}', 'listen="1'),
+                                 ["--ssh-reverse", "REMOTE"], "remote port forwarding failed", "permitlisten"),
+    "gateway not permitted": (lambda it: it.change(it.keys, 'open="localhost', 'open="127.0.0.1'), [],
+                              "administratively prohibited", "permitopen in authorized_keys"),
+    "gateway not there": (lambda it: it.gateway.stop(), [], "open failed: connect failed", "--ssh-gateway"),
+    "nothing listens": (lambda it: it.stop(), [], "Connection refused", "Check --ssh, and that sshd is up"),
+}
+
+
+@pytest.mark.parametrize("name", SSH_TROUBLE)
+@beside
+def test_ssh_trouble_from_the_start_is_said_with_its_remedy_and_nobody_is_asked(box, gateway, ssh_host, name):
+    """Whom ssh would ask for a yes or a passphrase here is `askpass`, who gives both."""
+    stub(ssh_host.folder / "askpass", f'echo >{ssh_host.folder}/asked; case $1 in *phrase*) echo passphrase;;'
+         ' *) echo yes; esac')
+    make, more, words, remedy = SSH_TROUBLE[name]
+    make(ssh_host)
+    known = ssh_host.known.read_text()
+    more = [word.replace("REMOTE", str(ssh_host.remote)) for word in more]
+    done = ssh_host.run("--once", *more, SSH_ASKPASS=f"{ssh_host.folder}/askpass", SSH_ASKPASS_REQUIRE="force",
+                        DISPLAY=":9")
+    assert done.returncode == 69 and ssh_host.clients() == [], done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "giving up after" in last and words in last and remedy in last, last
+    assert gateway.seen == [] and not (ssh_host.folder / "asked").exists() and ssh_host.known.read_text() == known
+
+
+@beside
+def test_ssh_port_there_that_another_machine_has_is_refused(box, gateway, ssh_host):
+    ssh_host.ready("--ssh-reverse", str(ssh_host.remote))
+    done = ssh_host.run("--once", "--ssh-reverse", str(ssh_host.remote), BETA9_STATE_DIR=str(box.folder / "second"))
+    assert done.returncode == 69 and f"Port {ssh_host.remote} there is taken" in done.stderr
+
+
+@beside
+def test_ssh_wrong_from_the_start_ends_after_startup_timeout(box, gateway, ssh_host):
+    ssh_host.keys.write_text("")
+    start = time.monotonic()
+    process = ssh_host.start("--startup-timeout", "2.5")
+    assert process.wait(30) == 69 and time.monotonic() - start >= 2.5 and gateway.seen == []
+    assert "tunnel failed" in process.log() and "giving up after" in process.log()
+
+
+@beside
+def test_ssh_wrong_from_the_start_is_tried_until_it_is_mended(box, gateway, ssh_host):
+    keys = ssh_host.keys.read_text()
+    ssh_host.keys.write_text("")
+    process = ssh_host.start()
+    wait(lambda: "tunnel failed" in process.log(), process.log)
+    ssh_host.keys.write_text(keys)
+    wait(gateway.ready, process.log)
+    assert stopped(process) == 0
+
+
+@pytest.mark.slow
+@beside
+def test_ssh_to_a_listener_that_never_answers_is_given_up(box, gateway, ssh_host):
+    listens_in_silence(ssh_host)
+    done = ssh_host.run("--once")
+    assert done.returncode == 69 and "timed out" in done.stderr, done.stderr
+    ssh_host.listener.close()
+
+
+@pytest.mark.parametrize("action", [["--once"], ["--check"]], ids=["once", "check"])
+@beside
+def test_ssh_missing_names_the_package(box, action):
+    done = box.run("--ssh", "gateway-host", *action, PATH=str(box.folder))
+    assert done.returncode == (2 if action == ["--once"] else 1)
+    assert "ssh is missing: install it, `apt-get install openssh-client`" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.2:"], ids=["loopback", "an-address"])
+@beside
+def test_ssh_reverse_leads_to_this_machine(box, gateway, ssh_host, address):
+    """To port 6443 here: in a network of its own, where that is free."""
+    if address:
+        ssh_host.change(ssh_host.keys, 'listen="', f'listen="{address}')
+        ssh_host.stop()
+        with open(ssh_host.conf, "a") as file:
+            file.write("    GatewayPorts clientspecified\n")
+        ssh_host.listen()
+    # The one port here that a test cannot choose: the stub has ssh go to another one
+    here = socket.create_server(("127.0.0.1", 0))
+    here.settimeout(30)
+    stub(ssh_host.folder / "bin/ssh", f'for word; do shift; set -- "$@" "$(printf %s "$word" | sed'
+         f' s/localhost:6443/localhost:{here.getsockname()[1]}/)"; done\n'
+         f'exec {shutil.which("ssh")} -F {ssh_host.folder}/ssh.conf "$@"')
+    ssh_host.ready("--ssh-reverse", f"{address}{ssh_host.remote}")
+    with connected(ssh_host.remote, address.rstrip(":") or "127.0.0.1") as there, here, here.accept()[0] as sock:
+        for one, two in ((there, sock), (sock, there)):
+            one.sendall(b"hello")
+            assert two.recv(5, socket.MSG_WAITALL) == b"hello"
+
+
+@pytest.mark.parametrize("name, words", [("good", None), ("wrong-name", "is not for localhost")])
+@beside
+def test_ssh_with_tls_checks_the_name_of_ssh_gateway(box, gateway, ssh_host, certificates, name, words):
+    behind = TlsGateway(tls_with(certificates, name))
+    ssh_host.change(ssh_host.keys, str(gateway.port), str(behind.port))
+    done = ssh_host.run("--once", "--tls", "--ca-file", str(certificates / "ca.pem"), "--ssh-gateway",
+                        f"localhost:{behind.port}")
+    assert done.returncode == (69 if words else 0) and (words or "ready after") in done.stderr, done.stderr
+    assert words is None or "Give --ssh-gateway a name that is in the certificate" in done.stderr
+    behind.stop()
+
+
+@beside
+def test_ssh_gateway_that_is_away_behind_it_is_waited_for(box, gateway, ssh_host):
+    process = ssh_host.ready()
+    before = ssh_host.clients()
+    gateway.stop()
+    wait(lambda: "says: channel" in process.log(), process.log)
+    gateway.start()
+    gateway.ready_again()
+    assert ssh_host.clients() == before, "this is no trouble of ssh"
+
+
+def test_ssh_goes_past_the_proxy_of_the_environment(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert b9.find_proxy(config_of("--gateway-host", "gw.example.com")) == "http://127.0.0.1:9"
+    assert b9.find_proxy(config_of("--ssh", "gw", "--ssh-gateway", "gw.example.com:80")) == ""
+
+
+def test_ssh_that_fails_is_started_again_no_later_than_startup_timeout(tmp_path, stop):
+    config = config_of("--ssh", "gw", "--startup-timeout", "5")
+    with contextlib.closing(b9.Tunnel(config, b9.State(ID, str(tmp_path / ID)))) as tunnel:
+        agent = b9.Agent(config, b9.State(ID), b9.GatewayClient(config, None), tunnel)
+        tunnel.failures, now = 9, agent.started_at + 1
+        agent.fail("tunnel", tunnel.fail("is stuck", now), now, stop)
+        assert tunnel.start_at == agent.started_at + 5 and agent.lease.due >= now + 15
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["alone", "beside-the-agent"])
+@beside
+def test_ssh_check_has_lines_for_it_and_leaves_no_ssh(box, gateway, ssh_host, running):
+    reverse = ["--machine-id", ID, "--ssh-reverse", str(ssh_host.remote)]
+    if running:
+        ssh_host.ready(*reverse)
+        wait(lambda: record_of(box)["ready_since"])
+    before = ssh_host.clients()
+    found = json.loads(ssh_host.run("--check", "--json", *reverse).stdout)["findings"]
+    lines = [(each["result"], each["text"]) for each in found if each["check"] == "tunnel"]
+    assert [result for result, _ in lines] == ["ok"] * 3, lines
+    assert all(words in text for (_, text), words in zip(lines, ["ssh is /", "accepts the key", "it carries to"]))
+    assert any(each["check"] == "gateway" and "answers in" in each["text"] for each in found)
+    assert ssh_host.clients() == before
+
+
+@pytest.mark.parametrize("name", ["key not let in", "gateway not permitted", "host key unknown"])
+@beside
+def test_ssh_check_finds(box, gateway, ssh_host, name):
+    make, _, words, remedy = SSH_TROUBLE[name]
+    make(ssh_host)
+    done = ssh_host.run("--check", "--json")
+    found = {each["check"]: (each["result"], each["text"]) for each in json.loads(done.stdout)["findings"]}
+    assert found["tunnel"][0] == "fail" and words in found["tunnel"][1] and remedy in found["tunnel"][1]
+    assert found["token"] == ("fail", "not checked: mend the tunnel above first") and done.returncode == 1
+    assert ssh_host.clients() == [] and not (box.folder / "state").exists()
+
+
+@beside
+def test_ssh_status_shows_whether_it_is_up_and_how_often_it_was_replaced(box, gateway, ssh_host):
+    process = ssh_host.ready()
+
+    def told(words):
+        def look():
+            return words in box.run("--status").stdout
+        wait(look, lambda: box.run("--status").stdout + process.log())
+
+    told(f", replaced 0 times, ssh to {ssh_host.user}@127.0.0.1:{ssh_host.port}")
+    told("tunnel     carries since")
+    ssh_host.stop()
+    told("tunnel     is down, replaced ")
+    ssh_host.listen()
+    told("tunnel     carries since")
+    assert record_of(box)["tunnel_replaced"] > 0
+
+
+@beside
+def test_ssh_dry_run_shows_what_would_be_started_and_starts_nothing(box, gateway, ssh_host):
+    done = ssh_host.run("--dry-run", "--machine-id", ID, "--ssh-option", "AddressFamily=inet")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("starts: "))
+    assert line.startswith(f"starts: ssh -N -T -L {box.folder}/state/{ID}.ssh:localhost:{gateway.port} -o BatchMode")
+    assert line.endswith(f"-o AddressFamily=inet -l {ssh_host.user} -p {ssh_host.port} -- 127.0.0.1")
+    assert f"gateway_port: {gateway.port}  (--ssh-gateway)" in done.stdout and done.returncode == 0
+    assert "Accepted" not in ssh_host.log() and not (box.folder / "state").exists()
+
+
+@beside
+def test_ssh_options_rule_over_the_configuration_of_the_user(box, gateway, ssh_host):
+    config = config_of(*ssh_host.options())
+    words = ["ssh", "-F", str(ssh_host.folder / "ssh.conf"), "-G", *b9.ssh_arguments(config, "/run/x")]
+    found = subprocess.check_output(words, text=True).lower().splitlines()
+    assert {"batchmode yes", "exitonforwardfailure yes", "serveraliveinterval 15", "serveralivecountmax 3",
+            "controlmaster false", "forwardagent no", "forwardx11 no", "sessiontype none", "connecttimeout 10",
+            "requesttty false", "streamlocalbindmask 0177", "streamlocalbindunlink yes",
+            "loglevel info"} <= set(found)
+    assert not any(str(ssh_host.folder / "master").lower() in line for line in found)
+
+
+@pytest.mark.parametrize("words", [
+    ["HOST"], ["HOST", "echo let in"], ["-tt", "HOST"], ["-s", "HOST", "sftp"], ["-W", "localhost:6443", "HOST"],
+    ["-W", "127.0.0.1:GATEWAY", "HOST"], ["-N", "-R", "OTHER:localhost:6443", "HOST"],
+    ["-N", "-R", "FOLDER/socket:localhost:6443", "HOST"]],
+    ids=["shell", "command", "terminal", "sftp", "port", "name", "listen", "listen-on-a-socket"])
+@beside
+def test_ssh_key_with_the_line_of_readme_opens_nothing_else(box, gateway, ssh_host, words):
+    names = {"GATEWAY": gateway.port, "OTHER": ssh_host.other, "FOLDER": ssh_host.folder, "HOST": "127.0.0.1"}
+    words = [re.sub("|".join(names), lambda found: str(names[found[0]]), word) for word in words]
+    hello = "\0\0\0\5\1\0\0\0\3" if "sftp" in words else "echo let in\n"
+    done = subprocess.run([ssh_host.folder / "bin/ssh", "-o", "BatchMode=yes", "-o", "ControlPath=none", "-o",
+                           "ExitOnForwardFailure=yes", "-p", str(ssh_host.port), *words], input=hello, text=True,
+                          capture_output=True, timeout=50)
+    assert done.returncode != 0 and done.stdout == "" and "Accepted publickey" in ssh_host.log()
+    assert gateway.connections == 0
+
+
+# The pieces of the printed script, run as this user
+INSTALLED = """set -eu
+step() { printf '%s\\n' "$1"; }
+fail() { printf '%s\\n' "$1" >&2; exit 1; }
+state=$1 user=$(id -un)
+"""
+
+
+@pytest.mark.parametrize("reverse", [True, False], ids=["both-ports", "one-port"])
+@beside
+def test_ssh_install_makes_a_key_and_prints_the_line_that_lets_it_in(box, gateway, ssh_host, reverse):
+    stub(ssh_host.folder / "bin/ssh-keygen", f'case $1 in -F) set -- "$@" -f {ssh_host.known};; esac\n'
+         f'exec {shutil.which("ssh-keygen")} "$@"')
+    stub(ssh_host.folder / "bin/runuser", 'shift 3; exec "$@"')
+    more = ["--ssh-reverse", str(ssh_host.remote)] if reverse else []
+    script = ssh_host.run("--print-install", *more).stdout
+    pieces = re.search(r"\nssh=\$state.*?\n\nstep 'unpacking", script, re.S)[0], re.search(
+        r'\nif \[ -n "\$new_key" \].*?\nfi\n', script, re.S)[0]
+    (box.folder / "piece.sh").write_text(INSTALLED + pieces[0].rpartition("step")[0] + pieces[1] + "echo waits\n")
+    install = ["sh", str(box.folder / "piece.sh"), str(box.folder / "var")]
+    done = subprocess.run(install, capture_output=True, text=True, env=os.environ | ssh_host.environ, timeout=50)
+    folder, line = box.folder / "var/.ssh", done.stdout.splitlines()[-1]
+    assert done.returncode == 3 and "waits" not in done.stdout, done
+    assert (mode_of(folder), mode_of(folder / "id_ed25519"), mode_of(folder / "known_hosts")) == (0o700, 0o600, 0o600)
+    assert line.endswith((folder / "id_ed25519.pub").read_text().strip())
+    assert (f'permitlisten="{ssh_host.remote}"' in line) == reverse
+    assert line.startswith(f'restrict,port-forwarding,permitopen="localhost:{gateway.port}",permitlisten="')
+    ssh_host.keys.write_text(line)
+    ssh_host.change(ssh_host.folder / "ssh.conf", f"{ssh_host.folder}/id", str(folder / "id_ed25519"))
+    ssh_host.change(ssh_host.folder / "ssh.conf", str(ssh_host.known), str(folder / "known_hosts"))
+    ssh_host.ready(*more)
+    again = subprocess.run(install, capture_output=True, text=True, env=os.environ | ssh_host.environ, timeout=50)
+    assert again.returncode == 0 and again.stdout.endswith("waits\n"), "a key that was there is kept"
+    assert (folder / "known_hosts").read_text() == ssh_host.known.read_text()
+    done = ssh_host.run("--once", "--ssh-reverse", str(ssh_host.other), BETA9_STATE_DIR=str(box.folder / "second"))
+    assert done.returncode == 69 and "remote port forwarding failed" in done.stderr
+
+
+@beside
+def test_ssh_install_without_a_known_host_key_stops_and_says_how_to_compare(box, gateway, ssh_host):
+    stub(ssh_host.folder / "bin/ssh-keygen", "exit 1")
+    stub(ssh_host.folder / "bin/runuser", 'shift 3; exec "$@"')
+    done = ssh_host.run("--print-install")
+    assert "is not in known_hosts here" in done.stderr
+    piece = re.search(r"\nssh=\$state.*? \|\| fail '[^\n]*\n", done.stdout, re.S)[0]
+    (box.folder / "piece.sh").write_text(INSTALLED + piece + "echo goes on\n")
+    done = subprocess.run(["sh", str(box.folder / "piece.sh"), str(box.folder)], capture_output=True, text=True,
+                          env=os.environ | ssh_host.environ, timeout=50)
+    assert done.returncode == 1 and done.stdout == "" and list((box.folder / ".ssh").iterdir()) == []
+    assert "ssh-keygen -lf" in done.stderr and f"ssh-keyscan -p {ssh_host.port} 127.0.0.1" in done.stderr
+
+
+@pytest.mark.parametrize("tail", [[], ["--fetch-from", "https://x/y"]], ids=["carried", "fetched"])
+@beside
+def test_ssh_install_script_is_small_enough_and_has_no_key_of_the_printing_machine(box, gateway, ssh_host, tail):
+    done = ssh_host.run("--print-install", "--ssh-identity", f"{ssh_host.folder}/id", "--ssh-option",
+                        "AddressFamily=inet", "--ssh-option", "Ciphers=aes128-ctr", *tail)
+    assert len(done.stdout.encode()) < (16384 if tail else 65536) and str(ssh_host.folder) not in done.stdout
+    assert 'ssh.options: ["AddressFamily=inet", "Ciphers=aes128-ctr"]' in done.stdout
+    assert "each machine gets a key of its own" in done.stderr
+    assert subprocess.run(["sh", "-n"], input=done.stdout, text=True).returncode == 0
+    plain = box.run("--print-install", *tail).stdout
+    assert "ssh-keygen" not in plain.replace("ssh-keygen -lf", "") and "new_key" not in plain
+
+
+def test_start_child_gives_it_no_terminal_and_no_token(monkeypatch):
+    monkeypatch.setenv("BETA9_ODD", "x")
+    child = b9.start_child(["sh", "-c", "cat; echo said $SHELL; echo wrong >&2"])
+    assert child.communicate(timeout=30)[0] == b"said /bin/sh\nwrong\n"
+
+
+def test_layout_children_are_started_by_one_function():
+    names = [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Attribute)
+             and node.attr in ("Popen", "run", "check_output", "system", "fork", "posix_spawn")
+             and isinstance(node.value, ast.Name) and node.value.id in ("subprocess", "os")]
+    assert len(names) == 1 and rooms()[9][0] < names[0] < rooms()[9][1]
 
 
 # ---- 10 Loop
@@ -4542,7 +5211,8 @@ def test_status_judges_a_record(change, now, code, words):
 
 @pytest.mark.parametrize("signs", [" ▁▂▃▄▅▆▇█", " .:-=+*#"], ids=["utf-8", "ascii"])
 @pytest.mark.parametrize("change", [{}, {"failure": "x" * 900, "failing_since": 1.0}, {"warning": "y " * 900},
-                                    {"pool_name": "p" * 500, "proxy": "q" * 500}])
+                                    {"pool_name": "p" * 500, "proxy": "q" * 500},
+                                    {"tunnel": "t" * 500, "tunnel_up_since": 4000.0, "warning": "y " * 900}])
 def test_status_drawn_fits_80_columns_and_24_lines(change, signs):
     status = b9.Status({**GOOD_RECORD, **change}, 5001.0)
     lines = b9.draw_status(status, status.judge()[1], signs)
@@ -6116,350 +6786,6 @@ def test_readme_commands_to_compare_the_file_with_its_hash_agree():
     words = [sys.executable, *commands[2].split()[1:]]
     assert shown.strip() in subprocess.check_output(words, text=True, cwd=SOURCE.parent)
     assert len(shown) == 13
-
-
-# README's tunnel, with an sshd on loopback that, like the ssh to it, reads no user's own files
-TUNNEL = block("file: /etc/systemd/system/beta9-tunnel.service")
-SSH = re.search("^ExecStart=/usr/bin/(.*)", TUNNEL, re.M)[1]
-TRY, LOOP = block("test: tunnel-try").strip(), block("test: tunnel-loop").strip()
-SSHD = "/usr/sbin/sshd"
-
-
-def free_ports():
-    """Of those that the system does not hand out by itself."""
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
-        with contextlib.suppress(OSError):
-            socket.create_server(("127.0.0.1", port)).close()
-            yield port
-
-
-def connected(port, host="127.0.0.1"):
-    """A connection, where somebody listens."""
-    with contextlib.suppress(ConnectionError):
-        return socket.create_connection((host, port), 30)
-
-
-class Tunnel:
-    """The host of a gateway with its sshd, both made as README says, and what this side has of it."""
-
-    def __init__(self, folder, gateway):
-        self.folder, self.gateway, self.started = folder, gateway, []
-        ports = free_ports()
-        self.local, self.remote, self.port, self.other = (next(ports) for _ in range(4))
-        self.k3s = socket.create_server(("127.0.0.1", 0))
-        self.k3s.settimeout(30)
-        self.conf, self.home, self.keys = folder / "ssh.conf", folder / "home/.ssh", folder / "keys"
-        user, self.sshd_conf = psutil.Process().username(), folder / "sshd.conf"
-        # From BatchMode on: what a user may have there, and the recipe overrules
-        self.conf.write_text(f"""Host gateway-host
-            HostName 127.0.0.1
-            Port {self.port}
-            User {user}
-            IdentityFile {self.home}/id_ed25519
-            IdentitiesOnly yes
-            IdentityAgent none
-            UserKnownHostsFile {self.home}/known_hosts
-            GlobalKnownHostsFile /dev/null
-            BatchMode no
-            ExitOnForwardFailure no
-            ServerAliveInterval 0
-            ControlMaster auto
-            ControlPath {folder}/master
-            ForwardAgent yes
-            ForwardX11 yes\n""")
-        match = block("file: /etc/ssh/sshd_config.d/beta9-tunnel.conf")
-        self.sshd_conf.write_text(f"""ListenAddress 127.0.0.1
-            Port {self.port}
-            HostKey {folder}/host
-            AuthorizedKeysFile {self.keys}
-            PidFile none
-            StrictModes no
-            UsePAM no
-            PermitRootLogin prohibit-password
-            Subsystem sftp internal-sftp\n{match.replace("User USER", f"User {user}")}""")
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "host"], check=True)
-        if os.getuid() == 0:
-            os.makedirs("/run/sshd", 0o755, exist_ok=True)
-        # OpenSSH 9.8 and later shut out for a while those whose sessions were killed
-        self.command, patient = [SSHD, "-f", self.sshd_conf], ["-o", "PerSourcePenalties=no"]
-        if subprocess.run([*self.command, *patient, "-t"], capture_output=True).returncode == 0:
-            self.command += patient
-        self.start()
-
-    def start(self):
-        with open(self.folder / "log", "ab") as log:
-            self.sshd = psutil.Popen([*self.command, "-D", "-e"], stdin=subprocess.DEVNULL, stderr=log)
-        wait(lambda: connected(self.port) or self.sshd.poll() is not None, self.log).close()
-
-    def log(self):
-        """What ssh and sshd said."""
-        return (self.folder / "log").read_text(errors="replace")
-
-    def stop(self):
-        """The server's side is gone, without a word."""
-        self.sshd.suspend()
-        sessions = self.sshd.children(recursive=True)
-        self.sshd.kill()
-        self.sshd.wait()
-        self.kill(sessions)
-
-    def cut(self):
-        """The server's side of each connection is gone, without a word."""
-        self.kill(self.sshd.children(recursive=True))
-
-    def kill(self, processes):
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-    def here(self, text):
-        """README's words with this test's host, ports and paths."""
-        words = {"localhost:31994": f"localhost:{self.gateway.port}", "1994": str(self.local),
-                 "localhost:6443": f"localhost:{self.k3s.getsockname()[1]}", "6443": str(self.remote),
-                 "ssh -N": f"ssh -F {self.conf} -N", "USER@GATEWAY-HOST": "gateway-host",
-                 "GATEWAY-HOST": f"-p {self.port} 127.0.0.1", "/var/lib/beta9-agent": str(self.home.parent)}
-        return re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], text)
-
-    def make_keys(self):
-        """By README's commands, less what needs root; what they printed."""
-        for name in ("id", "useradd", "chown"):
-            stub(self.folder / "bin" / name)
-        stub(self.folder / "bin/install", 'for last; do :; done; mkdir -p "$last"')
-        stub(self.folder / "bin/runuser", 'shift 3; exec "$@"')
-        done = shell(self.here(block("test: tunnel-keys")), self.folder,
-                     PATH=f"{self.folder}/bin:{os.environ['PATH']}")
-        assert done.returncode == 0, done
-        line = self.here(block("file: ~USER/.ssh/authorized_keys"))
-        self.keys.write_text(line.replace("PUBLIC-KEY", (self.home / "id_ed25519.pub").read_text().strip()))
-        return done.stdout
-
-    def change(self, path, old, new):
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new))
-
-    def popen(self, *argv, **environ):
-        with open(self.folder / "log", "ab") as log:
-            self.started.append(subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder,
-                start_new_session=True, env=os.environ | environ))
-        return self.started[-1]
-
-    def ssh(self, line=SSH, **environ):
-        return self.popen("sh", "-c", f"exec {self.here(line)}", **environ)
-
-    def beside(self):
-        """The tunnel of another machine."""
-        self.ssh(SSH.replace(":1994:", f":{self.other}:"))
-        wait(lambda: connected(self.remote), self.log).close()
-
-    def open(self, way="unit"):
-        """Brings the tunnel up; the loop sleeps hundredths in the place of seconds."""
-        if way == "loop":
-            stub(self.folder / "bin/sleep", f'exec {shutil.which("sleep")} "$(printf 0.%02d "$1")"')
-            self.popen("sh", "-c", self.here(LOOP), PATH=f"{self.folder}/bin:{os.environ['PATH']}")
-        else:
-            self.ssh({"try": TRY, "unit": SSH}[way])
-        wait(lambda: connected(self.local), self.log).close()
-
-    def asked(self, *words, input=""):
-        """Exit code and output of an ssh that wants something else."""
-        done = subprocess.run(["ssh", "-F", self.conf, "-o", "BatchMode=yes", "-o", "ControlPath=none",
-                               "-o", "ExitOnForwardFailure=yes", *map(self.here, words)], input=input,
-                              text=True, capture_output=True, timeout=50)
-        return done.returncode, done.stdout
-
-    def left(self, name=""):
-        """The processes that run for this tunnel."""
-        return [process for process in psutil.process_iter(["name", "cmdline"])
-                if name in ("", process.info["name"])
-                and any(str(self.folder) in word for word in process.info["cmdline"] or ())]
-
-    def close(self):
-        if self.sshd.is_running():
-            self.stop()
-        while left := self.left():
-            self.kill(left)
-            for process in self.started:
-                process.poll()
-        for process in self.started:
-            process.wait()
-        self.k3s.close()
-
-
-@pytest.fixture
-def tunnel(tmp_path_factory, gateway):
-    """All is made, but nothing runs except the sshd."""
-    if not os.access(SSHD, os.X_OK) or not shutil.which("ssh"):
-        pytest.skip("no sshd or no ssh here")
-    with contextlib.closing(Tunnel(tmp_path_factory.mktemp("tunnel"), gateway)) as tunnel:
-        tunnel.printed = tunnel.make_keys()
-        yield tunnel
-
-
-@pytest.mark.parametrize("way", ["try", "unit", "loop"])
-def test_tunnel_agent_behind_it_is_ready_and_stays_so(box, gateway, tunnel, way):
-    tunnel.open(way)
-    process = box.start(tunnel.local)
-    wait(lambda: sum(link.state == "ready" for link in gateway.seen) > 3, tunnel.log)
-    assert process.poll() is None
-
-
-@pytest.mark.parametrize("gone", ["session", "host"])
-def test_tunnel_server_side_killed_comes_back_and_the_same_agent_is_ready_again(box, gateway, tunnel, gone):
-    tunnel.open("loop")
-    process, before = box.start(tunnel.local), tunnel.left("ssh")
-    wait(gateway.ready, process.log)
-    old = gateway.connections
-    if gone == "session":
-        tunnel.cut()
-    else:
-        tunnel.stop()
-        wait(lambda: "connection refused by 127.0.0.1" in process.log(),
-             process.log)
-        tunnel.start()
-    wait(lambda: any(link.connection > old and link.state == "ready" for link in gateway.seen),
-         lambda: process.log() + tunnel.log())
-    wait(lambda: "ready again" in process.log(), process.log)
-    assert process.poll() is None and not set(before) & set(tunnel.left("ssh"))
-
-
-def test_tunnel_loop_stopped_leaves_no_ssh(tunnel):
-    tunnel.open("loop")
-    assert tunnel.left("ssh") and shell(block("test: tunnel-stop"), tunnel.folder).returncode == 0
-    wait(lambda: [process.name() for process in tunnel.left()] == ["sshd"], tunnel.left)
-
-
-@pytest.mark.parametrize("address", ["", "127.0.0.2"], ids=["loopback", "an-address"])
-def test_tunnel_gateway_side_reaches_the_k3s_of_this_machine(tunnel, address):
-    line = SSH
-    if address:
-        line = SSH.replace("-R 6443", f"-R {address}:6443")
-        for words in ("-R ADDRESS:6443:localhost:6443", 'permitlisten="ADDRESS:6443"',
-                      "GatewayPorts clientspecified"):
-            assert f"`{words}`" in README
-        tunnel.change(tunnel.keys, 'listen="', f'listen="{address}:')
-        tunnel.stop()
-        tunnel.sshd_conf.write_text(tunnel.sshd_conf.read_text() + "    GatewayPorts clientspecified\n")
-        tunnel.start()
-    tunnel.ssh(line)
-    with wait(lambda: connected(tunnel.remote, address or "127.0.0.1"), tunnel.log) as there, \
-            tunnel.k3s.accept()[0] as here:
-        for one, two in ((there, here), (here, there)):
-            one.sendall(b"hello")
-            assert two.recv(5, socket.MSG_WAITALL) == b"hello"
-
-
-# What is wrong -> how the test makes it so, and ssh's words in README
-TUNNEL_TROUBLE = {
-    "host key unknown": (lambda it: (it.home / "known_hosts").write_text(""), "Host key verification failed"),
-    "host key of another": (
-        lambda it: it.change(it.home / "known_hosts", (it.folder / "host.pub").read_text().split()[1],
-                             (it.home / "id_ed25519.pub").read_text().split()[1]),
-        "Host key verification failed"),
-    "key not let in": (lambda it: it.keys.write_text(""), "Permission denied"),
-    "key with a passphrase": (
-        lambda it: subprocess.run(["ssh-keygen", "-p", "-N", "passphrase", "-f", it.home / "id_ed25519"],
-                                  check=True, capture_output=True), "Permission denied"),
-    "port there not permitted": (lambda it: it.change(it.keys, f'listen="{it.remote}', 'listen="1'),
-                                 "remote port forwarding failed for listen port 6443"),
-    "port there taken": (lambda it: it.beside(), "remote port forwarding failed for listen port 6443"),
-    "port here taken": (lambda it: socket.create_server(("127.0.0.1", it.local)),
-                        "cannot listen to port: 1994"),
-    "gateway not permitted": (lambda it: it.change(it.keys, 'open="localhost', 'open="127.0.0.1'),
-                              "administratively prohibited"),
-    "gateway not there": (lambda it: it.gateway.stop(), "open failed: connect failed"),
-}
-
-
-@pytest.mark.parametrize("name", TUNNEL_TROUBLE)
-def test_tunnel_trouble_is_said_in_the_words_of_readme_and_nobody_is_asked(tunnel, name):
-    """Whom ssh would ask for a yes or a passphrase here is `askpass`, who gives both."""
-    stub(tunnel.folder / "askpass", f'echo asked >> {tunnel.folder}/log\n'
-         'case $1 in *phrase*) echo passphrase;; *) echo yes; esac')
-    make, words = TUNNEL_TROUBLE[name]
-    taken = make(tunnel)
-    known = (tunnel.home / "known_hosts").read_text()
-    process = tunnel.ssh(SSH_ASKPASS=f"{tunnel.folder}/askpass", SSH_ASKPASS_REQUIRE="force", DISPLAY=":9")
-    if name.startswith("gateway"):
-        wait(lambda: connected(tunnel.local), tunnel.log).close()
-        wait(lambda: words in tunnel.log(), tunnel.log)
-        assert process.poll() is None
-    else:
-        assert process.wait(50) == 255 and tunnel.here(words) in tunnel.log()
-    assert f"| `{words}` |" in README and "asked" not in tunnel.log()
-    assert (tunnel.home / "known_hosts").read_text() == known
-    if isinstance(taken, socket.socket):
-        taken.close()
-
-
-@pytest.mark.parametrize("words", [
-    ["gateway-host"], ["gateway-host", "echo let in"], ["-tt", "gateway-host"],
-    ["-s", "gateway-host", "sftp"], ["-W", "localhost:6443", "gateway-host"],
-    ["-W", "127.0.0.1:GATEWAY", "gateway-host"], ["-N", "-R", "OTHER:localhost:6443", "gateway-host"],
-    ["-N", "-R", "FOLDER/socket:localhost:6443", "gateway-host"]],
-    ids=["shell", "command", "terminal", "sftp", "port", "name", "listen", "listen-on-a-socket"])
-def test_tunnel_key_opens_nothing_else(tunnel, words):
-    names = {"GATEWAY": tunnel.gateway.port, "OTHER": tunnel.other, "FOLDER": tunnel.folder}
-    words = [re.sub("|".join(names), lambda found: str(names[found[0]]), word) for word in words]
-    tunnel.k3s.settimeout(0)
-    hello = "\0\0\0\5\1\0\0\0\3" if "sftp" in words else "echo let in\n"
-    code, output = tunnel.asked(*words, input=hello)
-    assert code != 0 and output == "" and "Accepted publickey" in tunnel.log()
-    assert not tunnel.gateway.connections and pytest.raises(BlockingIOError, tunnel.k3s.accept)
-
-
-def test_tunnel_key_opens_the_way_to_the_gateway(tunnel):
-    code, output = tunnel.asked("-W", "localhost:31994", "gateway-host", input="GET / HTTP/1.1\r\n\r\n")
-    assert code == 0 and output.startswith("HTTP/1.1 404")
-
-
-def test_tunnel_keys_commands_print_what_is_to_be_compared_and_keep_the_key(tunnel):
-    def fingerprint(path):
-        return re.search("SHA256:[^ ]+", subprocess.check_output(["ssh-keygen", "-lf", path], text=True))[0]
-
-    key = tunnel.home / "id_ed25519"
-    public = key.with_suffix(".pub").read_text()
-    assert fingerprint(tunnel.folder / "host.pub") in tunnel.printed and tunnel.printed.endswith(public)
-    assert (mode_of(tunnel.home), mode_of(key)) == (0o700, 0o600)
-    assert tunnel.make_keys() == tunnel.printed
-
-
-def test_tunnel_options_rule_over_the_configuration_of_the_user(tunnel):
-    words = tunnel.here(SSH).replace("ssh", "ssh -G", 1).split()
-    found = subprocess.check_output(words, text=True).lower().splitlines()
-    assert {"batchmode yes", "exitonforwardfailure yes", "serveraliveinterval 15", "serveralivecountmax 3",
-            "controlmaster false", "forwardagent no", "forwardx11 no", "sessiontype none",
-            "requesttty false"} <= set(found) and not any(str(tunnel.folder / "master") in x for x in found)
-
-
-def test_tunnel_loop_runs_the_ssh_of_the_unit():
-    assert f"do {SSH}; done'" in LOOP
-
-
-@pytest.mark.parametrize("line", [
-    "Restart=always", "RestartSec=5", "StartLimitIntervalSec=0", "NoNewPrivileges=yes", "User=beta9-agent",
-    "StateDirectory=beta9-agent"])
-def test_tunnel_unit_directive_is_there_once(line):
-    assert TUNNEL.splitlines().count(line) == 1
-
-
-def test_tunnel_unit_starts_are_spread(tmp_path):
-    stub(tmp_path / "sleep", "echo $1")
-    command = re.search("^ExecStartPre=(.*)", TUNNEL, re.M)[1].replace("%%", "%")
-    pauses = {shell(command, tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}").stdout for _ in range(40)}
-    assert len(pauses) > 1 and all(0 <= int(pause) < 5 for pause in pauses)
-
-
-@needs_systemd
-def test_tunnel_unit_is_accepted_in_silence_and_exposed_no_more_than_3(tmp_path):
-    path = tmp_path / "beta9-tunnel.service"
-    path.write_text(TUNNEL.replace("/usr/bin/ssh", shutil.which("ssh") or sys.executable))
-    done = analyze("verify", str(path))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    if "--offline" in analyze("--help").stdout:
-        done = analyze("security", "--offline=true", str(path))
-        assert float(re.search(r"exposure level for beta9-tunnel.service: ([0-9.]+)", done.stdout)[1]) <= 3
 
 
 # ---- soak
