@@ -845,13 +845,13 @@ def offers(plan, *samples):
     seen = []
     for minute, sample, *fault in samples:
         sample = sample if isinstance(sample, tuple) else (*FULL, sample)
-        plan = b9.plan_offer(plan, b9.Offer(*sample), *fault or [""], 60.0 * minute)
+        plan = b9.plan_offer(plan, b9.Offer(*sample), b9.K3sView(*fault), 60.0 * minute)
         seen.append((plan.offer.gpu_count, (plan.offer.cpu or 0) > 0))
     return seen, plan
 
 
 def first(gpus, promised=0, fault=""):
-    return b9.first_offer(b9.Offer(*FULL, gpus), promised, fault, 0.0)
+    return b9.first_offer(b9.Offer(*FULL, gpus), promised, b9.K3sView(fault), 0.0)
 
 
 @pytest.mark.parametrize("gpus, promised, fault, offer", [
