@@ -611,8 +611,8 @@ def plan_after_loss(plan: OfferPlan, offer: Offer, workers: Mapping[str, Worker]
         if not plan.holders:
             return plan._replace(offer=offer, promised=gpus, holders=None)
     if plan.holders:
-        reason = (f"{lost}: no work is taken until the {len(plan.holders)} workers that may hold"
-                  " them have ended: look at `nvidia-smi`; `beta9 machine drain` ends them sooner")
+        reason = (f"{lost}: no work is taken until the workers that may hold them have ended,"
+                  f" {len(plan.holders)} now: look at `nvidia-smi`; `beta9 machine drain` helps")
     elif plan.held_until is None:       # lost while workers may run
         reason = (f"{lost}, but stay registered, as the"
                   " gateway cannot take them back from workers: look at `nvidia-smi`, then"
@@ -830,9 +830,9 @@ parse_token = checked(r"[!#-\[\]-~]{8,}", "is not a token: give 8 or more charac
                       " blanks, quotes, backslashes and line ends", Secret)
 parse_url = checked("https://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*",
                     "is not an address: give https://host/path, without user and password")
-parse_k3s_place = checked(
-    r"https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?",
-    "is not an address of k3s: give https and its host, as in https://127.0.0.1:6443")
+NO_K3S_URL = "is not an address of k3s: give https and its host, as in https://127.0.0.1:6443"
+parse_k3s_place = checked(r"https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?",
+                          NO_K3S_URL)
 parse_switch = checked("(?i)1|true|yes|on|0|false|no|off",
                        "is neither yes nor no: give 1, true, yes, on, or 0, false, no, off",
                        lambda text: text.lower() in ("1", "true", "yes", "on"))
@@ -874,7 +874,7 @@ def parse_k3s_url(text: str) -> str:
     try:
         urllib.parse.urlsplit(url).port
     except ValueError:
-        raise ValueError("has no port from 1 to 65535: give one, such as 6443") from None
+        raise ValueError(NO_K3S_URL) from None
     return url
 
 
