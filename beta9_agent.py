@@ -14,7 +14,10 @@ the desk, what a person calls by hand. A function calls only what stands above i
 
 Connects to  the gateway you name, or the proxy that the environment names for it: POST
              /api/v1/machine/register and /api/v1/machine/keepalive; your DNS, for its name;
-             with --ssh the gateway through ssh alone
+             with --ssh the gateway through ssh alone.
+             This machine's k3s, at --k3s-url and through no proxy: with --k3s-ca-file what it lets
+             the gateway do, its worker pods, its node; else a TLS handshake, without any token.
+             --check: what the gateway's configuration names for workers, too
 Listens      nowhere (--dev: on 127.0.0.1; --ssh: ssh, on a Unix socket that is this user's)
 Reads        the files you name, its state folder, /etc/machine-id, the hardware through psutil
              and NVML; ssh reads its own configuration and keys
@@ -59,7 +62,10 @@ FILE_LIMIT = 64 * 1024          # bytes: of a token, of settings, of a state fil
 ANSWER_LIMIT = 64 * 1024        # bytes
 CONFIG_LIMIT = 4 * 1024 * 1024  # bytes, with the gateway's configuration: 117 kB were seen
 REQUEST_DEADLINE = 10.0         # seconds, for a whole request from the name look-up on
-HOST_DEADLINE = 5.0             # seconds, for driver and disk together
+HOST_DEADLINE = 5.0             # seconds, for driver and disk together, and for a look at k3s
+K3S_PERIOD = 10.0               # seconds between two looks at k3s; never above the interval
+K3S_PATIENCE = 1.0              # seconds, for the look before the first registration
+FILES_PERIOD = 2.0              # seconds between two looks at the files of tokens and k3s's CA
 STOP_DEADLINE = 1.0             # seconds that a stop leaves to a request in flight
 LEAVE_DEADLINE = 1.8            # seconds from the stop to the end of the last request
 DENIED_PATIENCE = 60.0          # seconds: a 401 can be trouble of the gateway's database
@@ -69,6 +75,7 @@ TUNNEL_DEADLINE = 25.0          # seconds that ssh may take until it carries
 CHECK_DEADLINE = 14.0           # seconds, for all of --check
 TICK = 0.5                      # seconds between two looks at the stop flag
 STATUS_FORMAT = 1               # of the status record
+USER_DATA_LIMIT = 64 * 1024     # bytes: that of most clouds
 LOG = logging.getLogger("beta9-agent")
 
 
@@ -168,6 +175,7 @@ class Metrics(NamedTuple):
     total_disk_space_bytes: int | None
     total_disk_free_bytes: int | None
     free_gpu_count: int
+    worker_count: int | None = None
 
 
 class Offer(NamedTuple):
@@ -176,6 +184,30 @@ class Offer(NamedTuple):
     cpu: int | None
     memory: int | None
     gpu_count: int | None
+
+
+class Worker(NamedTuple):
+    """A worker's pod: its status as `kubectl get pods` shows it, and when it was made."""
+
+    status: str
+    since: float
+
+
+class K3sView(NamedTuple):
+    """What a look at k3s found, or what is believed after several. None is unknown."""
+
+    fault: str = ""                                 # why no worker can run, with the remedy
+    workers: Mapping[str, Worker] | None = None     # by the names of the pods
+    gpu_count: int | None = None                    # that its node has for workers
+
+
+class K3sState(NamedTuple):
+    """What is believed of k3s, and what that rests on."""
+
+    view: K3sView
+    last: K3sView | None = None             # of the last look
+    seen: bool = False                      # usable at least once
+    since: float = 0.0                      # that it is usable, or is not
 
 
 class OfferPlan(NamedTuple):
@@ -190,6 +222,7 @@ class OfferPlan(NamedTuple):
     sample: Offer                           # the last one
     promised: int = 0                       # GPUs of the last offer with CPU: workers may hold them
     held_until: float | None = None         # no CPU is offered before
+    holders: frozenset[str] | None = None   # workers that may hold a lost GPU; no CPU while one is
     reason: str = ""                        # why not all is offered, with the remedy
 
 
@@ -523,43 +556,174 @@ def parse_expiry(token: str) -> float | None:
     return None
 
 
-def plan_offer(plan: OfferPlan, sample: Offer, k3s_fault: str, now: float) -> OfferPlan:
-    """What to offer after a sample of the machine; what is unknown in it stays as it was.
+# What the gateway does in k3s: API group, resource, verb. Source: gateway-api.
+NEEDED_RULES = (("batch", "jobs", "list"), ("batch", "jobs", "create"), ("batch", "jobs", "delete"),
+                ("", "pods", "list"))
+NO_CPU = "so no worker can run here and no CPU is offered"
+TRY_K3S = "look at `systemctl status k3s`, and check --k3s-url and --k3s-ca-file"
+TRY_PLUGIN = ("is NVIDIA's device plugin in `kubectl get pods -A`, and was nvidia-container-runtime"
+              " there before k3s started? See `nvidia-smi` too")
+NEW_K3S_TOKEN = "make a new one with `kubectl create token`"
 
-    Another capacity counts once two samples agree. With `k3s_fault` no worker can run: without CPU
-    on offer the gateway does not try, which it else does once a second, for ever (measured).
+
+def as_list(value: object) -> list[Any]:
+    """The value where it is a JSON array, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def allows(rule: object, group: str, resource: str, verb: str) -> bool:
+    """Whether a rule of a SelfSubjectRulesReview allows this for every object."""
+    fields = as_mapping(rule)
+    return not fields.get("resourceNames") and all(
+        {word, "*"} & {str(each) for each in as_list(fields.get(key))}
+        for key, word in (("apiGroups", group), ("resources", resource), ("verbs", verb)))
+
+
+def explain_rules(status: int, body: bytes) -> str:
+    """Why the gateway cannot use k3s, by a SelfSubjectRulesReview; "" where it can."""
+    fields = as_mapping(parse_json(body))
+    rules = as_mapping(fields.get("status")).get("resourceRules")
+    if status == 401:
+        return (f"k3s refuses the token, which expired or whose account was deleted, {NO_CPU}:"
+                f" {NEW_K3S_TOKEN}")
+    if status == 201 and isinstance(rules, list):
+        missing = [f"{verb} {resource}" for group, resource, verb in NEEDED_RULES
+                   if not any(allows(rule, group, resource, verb) for rule in rules)]
+        if not missing:
+            return ""
+        return (f"the k3s token may not {', '.join(missing)} in namespace default, {NO_CPU}: apply"
+                " the Role and RoleBinding of the README")
+    said = printable(fields.get("message") or "no Kubernetes API", 120)
+    return f"k3s answers {status}, {said}, {NO_CPU}: {TRY_K3S}"
+
+
+AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "y": 365 * 86400}
+
+
+def parse_workers(body: bytes, now: float) -> dict[str, Worker] | None:
+    """The pods in a Table of the Kubernetes API; None where it is none."""
+    table = as_mapping(parse_json(body))
+    if table.get("kind") != "Table":
+        return None
+    columns = [as_mapping(each).get("name") for each in as_list(table.get("columnDefinitions"))]
+    workers = {}
+    for row in as_list(table.get("rows")):
+        cells = dict(zip(map(str, columns), as_list(as_mapping(row).get("cells"))))
+        ages = re.findall("([0-9]{1,9})([smhdy])", str(cells.get("Age")))
+        age = sum(int(count) * AGE_UNITS[unit] for count, unit in ages)
+        workers[printable(cells.get("Name"), 100)] = Worker(printable(cells.get("Status"), 60),
+                                                            now - age)
+    return workers
+
+
+def count_running(workers: Mapping[str, Worker] | None) -> int | None:
+    """The workers that run; None where they are not known."""
+    return None if workers is None else [each.status for each in workers.values()].count("Running")
+
+
+def find_node(body: bytes, hostname: str) -> dict[str, Any]:
+    """This machine's node in a NodeList: the only one, or the one of its name; else {}."""
+    nodes = [as_mapping(node) for node in as_list(as_mapping(parse_json(body)).get("items"))]
+    named = [node for node in nodes
+             if as_mapping(node.get("metadata")).get("name") == hostname.lower()]
+    chosen = nodes if len(nodes) == 1 else named
+    return chosen[0] if chosen else {}
+
+
+def count_node_gpus(node: Mapping[str, Any]) -> int | None:
+    """The GPUs that k3s can give to workers, 0 without a device plugin; None for no node."""
+    allocatable = as_mapping(as_mapping(node.get("status")).get("allocatable"))
+    count = str(allocatable.get("nvidia.com/gpu", "0"))
+    return int(count) if node and re.fullmatch("[0-9]{1,5}", count) else None
+
+
+def believe(state: K3sState, look: K3sView, now: float) -> K3sState:
+    """What is believed after one more look. Usable or not, and the GPUs, change once two looks in a
+    row agree, as k3s and its device plugin restart; the first good look is believed at once.
     """
-    sample = Offer(*(old if new is None else new for new, old in zip(sample, plan.sample)))
-    found = sample if sample == plan.sample else plan.found
-    cpu, memory, gpus = (value or 0 for value in found)
-    held_until, promised, reason = plan.held_until, plan.promised, ""
-    if held_until is not None and now >= held_until:    # idle workers have ended
-        promised = gpus
-    if gpus >= promised:
-        held_until = None
-    elif held_until is None:        # lost while workers may run
-        reason = (f"{promised - gpus} of {promised} GPUs are lost, but stay registered, as the"
+    view, last = state.view, state.last
+    usable = look.fault == ""
+    changes = usable != (view.fault == "")
+    confirmed = last is not None and usable == (last.fault == "")
+    if usable and not state.seen:
+        confirmed = True
+    fault = view.fault if changes and not confirmed else look.fault
+    gpu_count = view.gpu_count
+    agreed = last is not None and look.gpu_count == last.gpu_count
+    if look.gpu_count is not None and (agreed or gpu_count is None):
+        gpu_count = look.gpu_count
+    workers, known = look.workers, view.workers or {}
+    if workers is not None:     # the age of a pod is told in whole seconds, minutes or hours
+        workers = {name: worker._replace(since=known.get(name, worker).since)
+                   for name, worker in workers.items()}
+    return K3sState(K3sView(fault, workers, gpu_count), look, state.seen or usable,
+                    now if changes and confirmed else state.since)
+
+
+def plan_after_loss(plan: OfferPlan, offer: Offer, workers: Mapping[str, Worker] | None,
+                    now: float) -> OfferPlan:
+    """What to offer where there are fewer GPUs than workers may hold."""
+    gpus, promised = offer.gpu_count or 0, plan.promised
+    lost = f"{promised - gpus} of {promised} GPUs are lost"
+    one_more = gpus < (plan.offer.gpu_count or 0)
+    if workers is not None:
+        before = frozenset(workers) if plan.holders is None or one_more else plan.holders
+        plan = plan._replace(holders=before & frozenset(workers), held_until=None)
+        if not plan.holders:
+            return plan._replace(offer=offer, promised=gpus, holders=None)
+    if plan.holders:
+        reason = (f"{lost}: no work is taken until the workers that may hold them have ended,"
+                  f" {len(plan.holders)} now: look at `nvidia-smi`; `beta9 machine drain` helps")
+    elif plan.held_until is None:       # lost while workers may run
+        reason = (f"{lost}, but stay registered, as the"
                   " gateway cannot take them back from workers: look at `nvidia-smi`, then"
                   " `beta9 machine drain` this machine and restart the agent")
-        gpus = promised
-    elif gpus < (plan.offer.gpu_count or 0):    # one more is lost: workers get the time anew
-        held_until = now + WORKER_PATIENCE
-    if held_until is not None:
+        return plan._replace(offer=offer._replace(gpu_count=promised), reason=reason)
+    else:
         reason = (f"{gpus} GPUs are offered where {promised} were before the start: no work is"
                   f" taken for {WORKER_PATIENCE / 60:.0f} minutes, in which idle workers end")
-        cpu = 0
-    if k3s_fault:
-        cpu, reason = 0, k3s_fault
-    return OfferPlan(Offer(cpu, memory, gpus), found, sample, gpus if cpu > 0 else promised,
-                     held_until, reason)
+        if one_more:        # workers get the time anew
+            plan = plan._replace(held_until=now + WORKER_PATIENCE)
+    return plan._replace(offer=offer._replace(cpu=0), reason=reason)
 
 
-def first_offer(sample: Offer, promised: int, k3s_fault: str, now: float) -> OfferPlan:
+def plan_offer(plan: OfferPlan, sample: Offer | None, k3s: K3sView, now: float) -> OfferPlan:
+    """What to offer after a sample of the machine, None for none, and with what is believed of k3s.
+
+    Another capacity counts once two samples agree; what is unknown in one stays as it was. Where
+    k3s has a fault no worker can run: without CPU on offer the gateway does not try, which it else
+    does once a second, for ever (measured).
+    """
+    if sample is not None:
+        sample = Offer(*(old if new is None else new for new, old in zip(sample, plan.sample)))
+        found = sample if sample == plan.sample else plan.found
+        plan = plan._replace(found=found, sample=sample)
+    cpu, memory, gpus = (value or 0 for value in plan.found)
+    shortage = ""
+    if k3s.gpu_count is not None and k3s.gpu_count < gpus:
+        shortage = (f"k3s has {k3s.gpu_count} of {gpus} GPUs for workers, and no more are offered:"
+                    f" {TRY_PLUGIN}")
+        gpus = k3s.gpu_count
+    offer = Offer(cpu, memory, gpus)
+    if plan.held_until is not None and now >= plan.held_until:      # idle workers have ended
+        plan = plan._replace(promised=gpus)
+    if gpus < plan.promised:
+        plan = plan_after_loss(plan, offer, k3s.workers, now)
+    else:
+        plan = plan._replace(offer=offer, held_until=None, holders=None, reason="")
+    if k3s.fault:
+        return plan._replace(offer=plan.offer._replace(cpu=0), reason=k3s.fault)
+    if (plan.offer.cpu or 0) > 0:
+        plan = plan._replace(promised=plan.offer.gpu_count or 0)
+    return plan._replace(reason="; ".join(text for text in (plan.reason, shortage) if text))
+
+
+def first_offer(sample: Offer, promised: int, k3s: K3sView, now: float) -> OfferPlan:
     """What to offer at the start, where `promised` GPUs were when this machine took work last."""
     found = Offer(*(value or 0 for value in sample))
     fewer = (found.gpu_count or 0) < promised
     plan = OfferPlan(found, found, found, promised, now + WORKER_PATIENCE if fewer else None)
-    return plan_offer(plan, found, k3s_fault, now)
+    return plan_offer(plan, None, k3s, now)
 
 
 class LineBudget:
@@ -587,6 +751,22 @@ class LineBudget:
     def rest(self) -> None:
         """After a line that goes beyond the budget: the next one comes later."""
         self.next_time += 2 * self.quiet
+
+
+class LineQuota:
+    """At most `size` lines in `seconds`; counts those that were left out."""
+
+    def __init__(self, size: int = 20, seconds: float = QUIET) -> None:
+        self.times: collections.deque[float] = collections.deque([-math.inf] * size, size)
+        self.seconds, self.left_out = seconds, 0
+
+    def allows(self, now: float) -> bool:
+        """Whether one more line is written."""
+        if now - self.times[0] < self.seconds:
+            self.left_out += 1
+            return False
+        self.times.append(now)
+        return True
 
 
 class Trouble:
@@ -737,6 +917,9 @@ parse_token = checked(r"[!#-\[\]-~]{8,}", "is not a token: give 8 or more charac
                       " blanks, quotes, backslashes and line ends", Secret)
 parse_url = checked("https://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*",
                     "is not an address: give https://host/path, without user and password")
+NO_K3S_URL = "is not an address of k3s: give https and its host, as in https://127.0.0.1:6443"
+parse_k3s_place = checked(r"https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?",
+                          NO_K3S_URL)
 parse_switch = checked("(?i)1|true|yes|on|0|false|no|off",
                        "is neither yes nor no: give 1, true, yes, on, or 0, false, no, off",
                        lambda text: text.lower() in ("1", "true", "yes", "on"))
@@ -797,6 +980,17 @@ SSH_OPTION_PATTERN = (
 parse_ssh_options = checked(
     rf"({SSH_OPTION_PATTERN})(\n({SSH_OPTION_PATTERN}))*", "is not passed on to ssh: give one such"
     " as ProxyJump=HOST, without blanks, and any other in ssh's own configuration", str.splitlines)
+
+
+def parse_k3s_url(text: str) -> str:
+    """An address of https, as without it anybody could ask for the token."""
+    import urllib.parse
+    url: str = parse_k3s_place(text).rstrip("/")
+    try:
+        urllib.parse.urlsplit(url).port
+    except ValueError:
+        raise ValueError(NO_K3S_URL) from None
+    return url
 
 
 def parse_ca_file(path: str) -> str:
@@ -878,10 +1072,18 @@ OPTIONS = [
     Option("identity", "provider_name", "NAME", parse_name, "provider of the pool", "generic"),
     Option("identity", "hostname", "HOST", parse_host,
            "host or IP by which the gateway reaches this machine's k3s"),
-    Option("identity", "k3s_token", "TOKEN", parse_token,
+    # In this order: it says what is made of a file that is not there.
+    Option("k3s", "k3s_wait", "", parse_switch,
+           "take files that are missing below for a k3s that is not there yet", "no"),
+    Option("k3s", "k3s_token", "TOKEN", parse_token,
            "token of this machine's k3s, for the gateway"),
-    Option("identity", "k3s_token_file", "FILE", parse_name,
+    Option("k3s", "k3s_token_file", "FILE", parse_name,
            "file with that token, - for standard input"),
+    Option("k3s", "k3s_url", "URL", parse_k3s_url, "where k3s listens", "https://127.0.0.1:6443"),
+    Option("k3s", "k3s_ca_file", "FILE", parse_ca_file, "PEM file of k3s's own root certificate;"
+           " without it no token is sent there, and its workers stay unknown"),
+    Option("k3s", "k3s_node_token_file", "FILE", parse_name,
+           "file with a token that may read the node"),
     Option("gateway", "gateway_host", "HOST", parse_host, "host or IP", "localhost",
            "gateway.host"),
     Option("gateway", "gateway_port", "PORT", parse_port, "port", "1994", "gateway.port"),
@@ -922,7 +1124,8 @@ OPTIONS = [
     Option("behaviour", "debug", "", parse_switch, "log requests and answers", "no"),
     Option("behaviour", "config", "FILE", parse_name, "YAML or JSON file of these settings"),
 ]
-SECRETS = ("token", "k3s_token")
+SECRETS = ("token", "k3s_token", "k3s_node_token")
+K3S_FILES = ("k3s_token_file", "k3s_ca_file", "k3s_node_token_file")
 SECTIONS = ("gateway", "ssh")   # of the file
 # What `beta9 machine create` prints for the agent that needs a VPN.
 UNUSED_FLAGS = ("--tailscale-url", "--tailscale-auth", "--flux-upstream", "--flux-branch",
@@ -1149,7 +1352,7 @@ def set_option(config: Config, option: Option, setting: Setting) -> None:
         config.redactor.remember(option.name, value)
     name = option.name.removesuffix("_file")
     if name in SECRETS and name != option.name:
-        token_option = next(each for each in OPTIONS if each.name == name)
+        token_option = option._replace(name=name, parse=parse_token)
         set_option(config, token_option, read_token_file(option, setting))
         if os.path.isfile(value):       # and not a pipe: it is read again later
             config.token_files[name] = value
@@ -1167,6 +1370,15 @@ def lead_through_ssh(config: Config, settings: Mapping[str, Setting]) -> None:
     config.gateway_port, config.gateway_socket = int(port), os.devnull      # until ssh has one
 
 
+def wait_for_file(config: Config, option: Option, setting: Setting) -> None:
+    """Has the agent look for a file of k3s's that is not there yet, or not good."""
+    setattr(config, option.name, setting.text)
+    config.sources[option.name] = setting.source
+    name = option.name.removesuffix("_file")
+    if name in SECRETS:
+        config.token_files[name] = setting.text
+
+
 def build_config(given: Mapping[str, Setting], redactor: Redactor) -> Config:
     """The checked settings; `problems` has a line for each that will not do.
 
@@ -1177,14 +1389,17 @@ def build_config(given: Mapping[str, Setting], redactor: Redactor) -> Config:
     skipped = tokens if "status" in given else set()
     settings = {name: setting for name, setting in given.items() if name not in skipped}
     config = Config(sources={}, token_files={}, problems=choose_token_sources(settings),
-                    redactor=redactor, gateway_socket="",
+                    redactor=redactor, gateway_socket="", k3s_node_token=None,
                     **{option.name: None for option in OPTIONS})
     for option in OPTIONS:
         try:
             if option.name in settings:
                 set_option(config, option, settings[option.name])
         except AgentError as error:
-            config.problems.append(str(error))
+            if config.k3s_wait and option.name in K3S_FILES:
+                wait_for_file(config, option, settings[option.name])
+            else:
+                config.problems.append(str(error))
     if config.dev:
         config.ssh = None
     if config.ssh and config.ssh_gateway:
@@ -1844,9 +2059,103 @@ def probe_tls(host: str, port: int, seconds: float) -> bytes:
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    end = read_clock() + seconds
     with socket.create_connection((host, port), seconds) as plain:
+        plain.settimeout(max(end - read_clock(), 0.001))    # of the handshake as a whole
         with context.wrap_socket(plain, server_hostname=host) as tls:
             return tls.getpeercert(binary_form=True) or b""
+
+
+class K3sClient:
+    """Looks at this machine's k3s with the tokens that the gateway and the operator gave it."""
+
+    TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"      # no objects, so no secrets
+
+    def __init__(self, config: Config, machine_id: str) -> None:
+        import urllib.parse
+        self.config = config
+        url = urllib.parse.urlsplit(config.k3s_url)
+        self.host, self.port = url.hostname or "", url.port or 443
+        self.place = f"{format_host(self.host)}:{self.port}"
+        self.http = HttpClient(config.k3s_url, None, ca_file=config.k3s_ca_file)
+        self.workers = "/api/v1/namespaces/default/pods?" + urllib.parse.urlencode({
+            "includeObject": "None",
+            "fieldSelector": "status.phase!=Succeeded,status.phase!=Failed",
+            "labelSelector": f"run.beam.cloud/role=worker,run.beam.cloud/machine-id={machine_id}"})
+        self.query, self.is_looking, self.due, self.late_at = BackgroundQuery(), False, 0.0, 0.0
+
+    def ask(self, method: str, path: str, token: Secret, body: str | None = None,
+            accept: str = "application/json") -> Answer:
+        """A request to the API, only where its CA is known. Raises as `HttpClient.exchange`."""
+        if not (self.config.k3s_ca_file and os.path.isfile(self.config.k3s_ca_file)):
+            raise AgentError(f"the root certificate of k3s is not at {self.config.k3s_ca_file}")
+        headers = {"Authorization": f"Bearer {token.reveal()}", "Accept": accept,
+                   "Content-Type": "application/json", "Accept-Encoding": "identity"}
+        return self.http.exchange(method, path, headers, body, HOST_DEADLINE, CONFIG_LIMIT)
+
+    def explain(self, error: Exception) -> str:
+        """Why no worker can run, by what went wrong on the way to an answer; with the remedy."""
+        here = Config(gateway_host=self.host, gateway_port=self.port, tls=True, ssh=None)
+        text = explain_failure(error, self.place, here)[0]
+        if isinstance(error, AgentError):
+            text = str(error)
+        return f"k3s cannot be used, {text}, {NO_CPU}: {TRY_K3S}"
+
+    def explain_token(self) -> str:
+        """Why the gateway cannot use its token; "" where it can. Raises as `ask`."""
+        answer = self.ask("POST", "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews",
+                          self.config.k3s_token, json.dumps({
+                              "apiVersion": "authorization.k8s.io/v1",
+                              "kind": "SelfSubjectRulesReview", "spec": {"namespace": "default"}}))
+        return explain_rules(answer.status, answer.body)
+
+    def read_node(self) -> dict[str, Any]:
+        """This machine's node; {} without a token that may read it. Raises as `ask`."""
+        token = self.config.k3s_node_token
+        if token is None:
+            return {}
+        answer = self.ask("GET", "/api/v1/nodes?limit=20", token)
+        return find_node(answer.body, socket.gethostname())
+
+    def look(self) -> K3sView:
+        """What is there. Whatever goes wrong is a fault."""
+        try:
+            if not self.config.k3s_ca_file:
+                probe_tls(self.host, self.port, HOST_DEADLINE)
+                return K3sView()
+            fault = self.explain_token()
+            if fault:
+                return K3sView(fault)
+            table = self.ask("GET", self.workers, self.config.k3s_token, accept=self.TABLE)
+            workers = parse_workers(table.body, read_clock())
+            return K3sView("", workers, count_node_gpus(self.read_node()))
+        except Exception as error:  # of any kind: a stranger's bytes went through the libraries
+            LOG.debug("no answer from k3s", exc_info=True)
+            return K3sView(self.explain(error))
+
+    def poll(self, period: float, seconds: float = 0.0) -> K3sView | None:
+        """What a look found that has ended, waited for at most `seconds`; else None. Begins one
+        each `period`, and hangs up on one that takes too long.
+        """
+        now = read_clock()
+        if not self.is_looking and now >= self.due:
+            self.is_looking, self.due, self.late_at = True, now + period, now + HOST_DEADLINE
+        if not self.is_looking:
+            return None
+        try:
+            found: K3sView = self.query.ask(self.look, seconds)
+        except (TimeoutError, RuntimeError):    # not yet; or no thread to be had
+            if now >= self.late_at:
+                self.http.request.hang_up()
+            return None
+        self.is_looking = False
+        return found
+
+    def close(self) -> None:
+        """Ends a look that is under way, and the kept connection."""
+        self.http.request.hang_up()
+        if not self.is_looking:
+            self.http.close()
 
 
 # ---- 8 State on disk
@@ -2237,7 +2546,13 @@ class Agent:
         self.kept_offer: Offer | None = None
         self.metrics, self.gpus = self.host.sample()
         sample = offer_of(self.metrics, self.gpus, config)
-        self.plan = first_offer(sample, read_promise(state), self.k3s_fault(), self.started_at)
+        self.k3s_client = K3sClient(config, state.machine_id)
+        unseen = K3sView(f"k3s was not seen yet at {config.k3s_url}, {NO_CPU}: {TRY_K3S}")
+        self.k3s = K3sState(unseen, since=self.started_at)
+        self.plan = first_offer(sample, read_promise(state), self.k3s_view(), self.started_at)
+        self.files_due, self.file_marks = 0.0, self.read_file_marks()
+        self.offer_lines, self.worker_lines = LineBudget(6 * QUIET, free=10), LineQuota()
+        self.told_workers: Mapping[str, Worker] = {}
         # For --status.
         self.process_start = read_process_start(os.getpid())
         self.counts = {"kept_alive": 0, "failed": 0, "registered": 0}
@@ -2247,16 +2562,109 @@ class Agent:
         self.failure = ""
         self.status_lines = LineBudget(6 * QUIET)
 
-    def k3s_fault(self) -> str:
-        """Why no worker can run in this machine's k3s, with the remedy; "" for nothing known."""
-        if self.config.k3s_token or self.config.offer_always or self.config.dev:
-            return ""
-        return ("the k3s token is missing, so no worker can run here and no CPU is offered: give"
-                " --k3s-token-file")
+    def k3s_view(self) -> K3sView:
+        """What the offer goes by."""
+        config, view = self.config, self.k3s.view
+        if config.dev:
+            return K3sView()
+        if config.offer_always:
+            return view._replace(fault="")
+        if config.k3s_token:
+            return view
+        remedy, path = "give --k3s-token-file", config.token_files.get("k3s_token")
+        if path:
+            remedy = f"it is looked for in {printable(path)}, so look at `systemctl status k3s`"
+        return K3sView(f"the k3s token is missing, {NO_CPU}: {remedy}")
 
     def register_again(self, cause: str) -> None:
-        """Makes the next attempt a registration."""
-        self.cause, self.lease = cause, self.lease._replace(registered=False)
+        """Registers at once; where the gateway is away, with the next attempt."""
+        due = read_clock() if self.lease.failing_since is None else self.lease.due
+        self.cause = cause
+        self.lease = self.lease._replace(registered=False, due=min(due, self.lease.due))
+
+    def plan_again(self, sample: Offer | None) -> None:
+        """Plans what to offer, after a sample of the machine or without; another offer is
+        registered.
+        """
+        before, now = self.plan, read_clock()
+        self.plan = plan_offer(before, sample, self.k3s_view(), now)
+        if self.plan.reason not in ("", before.reason) and self.offer_lines.allows(now):
+            LOG.error("%s", self.plan.reason)
+        if self.plan.offer != before.offer and self.lease.registered:
+            self.register_again(f"the offer was {format_offer(before.offer)} and is"
+                                f" {format_offer(self.plan.offer)}")
+
+    def read_file_marks(self) -> dict[str, tuple[int, ...]]:
+        """Tells the files with tokens and with the root certificate of k3s from later ones."""
+        marks: dict[str, tuple[int, ...]] = {}
+        for path in {*self.config.token_files.values(), self.config.k3s_ca_file or ""}:
+            with contextlib.suppress(OSError):
+                found = os.stat(path)
+                marks[path] = (found.st_ino, found.st_size, found.st_mtime_ns)
+        return marks
+
+    def look_at_files(self) -> None:
+        """Has new tokens and a new root certificate used at once."""
+        now, before = read_clock(), self.file_marks
+        if now < self.files_due:
+            return
+        self.files_due, self.file_marks = now + FILES_PERIOD, self.read_file_marks()
+        if self.file_marks != before:
+            self.read_rotated_tokens()
+            self.k3s_client.close()
+            self.k3s_client = K3sClient(self.config, self.state.machine_id)
+            self.k3s = self.k3s._replace(last=None)
+
+    def look_at_k3s(self, seconds: float = 0.0) -> None:
+        """Takes in a look at k3s that has ended, waited for at most `seconds`, and begins another.
+
+        Without a use for it there is none: where all is offered anyway, a handshake tells nothing.
+        """
+        config = self.config
+        useful = config.k3s_ca_file or not config.offer_always
+        if config.dev or not config.k3s_token or not useful:
+            return
+        look = self.k3s_client.poll(min(K3S_PERIOD, config.keepalive_interval), seconds)
+        if look is None:
+            return
+        self.k3s = believe(self.k3s, look, read_clock())
+        if self.k3s.view.workers is not None:
+            self.report_workers(self.k3s.view.workers)
+        self.plan_again(None)
+
+    def report_workers(self, workers: Mapping[str, Worker]) -> None:
+        """Writes a line about each worker that came or went."""
+        before, self.told_workers = self.told_workers, workers
+        quota, now = self.worker_lines, read_clock()
+        left_out = quota.left_out
+        if left_out and quota.allows(now):
+            LOG.info("%d more workers came or went meanwhile", left_out)
+            quota.left_out = 0
+        for verb, some, others in (("is there", workers, before), ("has ended", before, workers)):
+            for name in sorted(set(some) - set(others)):
+                if quota.allows(now):
+                    LOG.info("worker %s %s, %s", name, verb, some[name].status)
+
+    def look_around(self) -> None:
+        """Looks at the files and at k3s, between two attempts."""
+        before = self.k3s.view
+        self.look_at_files()
+        self.look_at_k3s()
+        if self.k3s.view != before:
+            self.write_status("running")
+
+    def describe_k3s(self) -> dict[str, Any]:
+        """What --status shows of k3s."""
+        token, view = self.config.k3s_token, self.k3s.view
+        words = "unusable" if view.fault else "usable"
+        if self.k3s.last is None:
+            words = "not looked at"
+        return {"url": self.config.k3s_url, "fault": self.config.redactor.redact(view.fault),
+                "state": words, "since": self.k3s.since,
+                "token_valid_until": parse_expiry(token.reveal()) if token else None,
+                "gpu_count": view.gpu_count,
+                "workers": None if view.workers is None else [
+                    {"name": name, **worker._asdict()} for name, worker in view.workers.items()]}
 
     def write_status(self, state: str) -> None:
         """Writes the record that --status shows, where the disk has room for it."""
@@ -2275,7 +2683,7 @@ class Agent:
             "last_keepalive_at": self.kept_at,
             "next_attempt_at": lease.due, "lease_ends_at": ends, **self.counts,
             "offer": self.plan.offer._asdict(),
-            "warning": redact(self.plan.reason or self.placement),
+            "warning": redact(self.plan.reason or self.placement), "k3s": self.describe_k3s(),
             "metrics": self.metrics._asdict(), "gpus": [gpu._asdict() for gpu in self.gpus or ()],
             "history": list(self.history)}
         try:
@@ -2329,7 +2737,8 @@ class Agent:
                     raise AgentError("the file is gone: put it back")
                 token = parse_token(read_file(path).rstrip("\r\n"))
             except (AgentError, ValueError) as error:
-                if self.token_lines.allows(read_clock()):
+                known = getattr(self.config, name) is not None      # else k3s is not there yet
+                if known and self.token_lines.allows(read_clock()):
                     LOG.warning("no token in %s, so the last good one is used: %s",
                                 printable(path), error)
                 continue
@@ -2341,20 +2750,14 @@ class Agent:
 
     def look_at_host(self) -> None:
         """Takes a sample; another offer is registered."""
-        before = self.plan
         self.metrics, self.gpus = self.host.sample()
-        sample = offer_of(self.metrics, self.gpus, self.config)
-        self.plan = plan_offer(before, sample, self.k3s_fault(), read_clock())
-        if self.plan.reason not in ("", before.reason):
-            LOG.error("%s", self.plan.reason)
-        if self.plan.offer != before.offer:
-            self.register_again(f"the offer was {format_offer(before.offer)} and is"
-                                f" {format_offer(self.plan.offer)}")
+        self.plan_again(offer_of(self.metrics, self.gpus, self.config))
 
     def payload_of(self, call: str) -> dict[str, Any]:
         """What is sent."""
         if call == KEEPALIVE:
-            return keepalive_payload(self.config, self.state.machine_id, self.metrics)
+            metrics = self.metrics._replace(worker_count=count_running(self.k3s.view.workers))
+            return keepalive_payload(self.config, self.state.machine_id, metrics)
         return register_payload(self.config, self.state.machine_id, self.plan.offer,
                                 self.config.private_ip or find_private_ip())
 
@@ -2408,18 +2811,18 @@ class Agent:
         self.write_status("running")
 
     def wait_for_turn(self, stop: StopFlag) -> None:
-        """Waits for the next attempt; with --ssh also until the tunnel carries, and looks after it.
+        """Waits for the next attempt; with --ssh also until the tunnel carries.
 
-        Raises AgentError before the first ready only.
+        Looks at the files and at k3s, and after the tunnel, meanwhile. Raises AgentError before the
+        first ready only.
         """
-        if self.tunnel is None:
-            stop.wait_until(self.next_wake())
-        while self.tunnel is not None and not stop.is_set():
+        while not stop.is_set():
             self.tend_tunnel(stop)
-            now, carries = read_clock(), self.tunnel.carries()
+            now, carries = read_clock(), self.tunnel is None or self.tunnel.carries()
             if carries and now >= self.next_wake():
                 return
             stop.wait_until(min(now + TICK, self.next_wake()) if carries else now + TICK / 5)
+            self.look_around()
 
     def count(self, call: str, outcome: Outcome, start: float, now: float) -> None:
         """Notes a call for --status."""
@@ -2502,6 +2905,7 @@ class Agent:
 
     def run(self, stop: StopFlag) -> int:
         """Lives until the flag is set; the exit code."""
+        self.look_at_k3s(K3S_PATIENCE)
         self.announce()
         self.write_status("starting")
         confirmed = False
@@ -2742,6 +3146,41 @@ def draw_sparkline(name: str, values: list[float], highest: float, text: str, si
     return f"{name:<11}{''.join(signs[step] for step in steps):<60} {text}"
 
 
+# What `kubectl` calls it -> words for people.
+WORKER_WORDS = {
+    "Pending": "waits for room", "ContainerCreating": "is being made", "Terminating": "is ending",
+    "ErrImagePull": "image cannot be pulled", "ImagePullBackOff": "image cannot be pulled",
+    "CrashLoopBackOff": "ends again and again"}
+
+
+def format_date(seconds: float | None) -> str:
+    """A moment, in seconds since 1970, for people; "" for none."""
+    import datetime
+    with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):
+        moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)  # type: ignore
+        return moment.strftime("%Y-%m-%d %H:%M UTC")
+    return ""
+
+
+def draw_k3s(status: Status, room: int) -> list[str]:
+    """What is known of k3s and its workers, in at most `room` lines."""
+    k3s = Status(status.record.get("k3s"), status.now)
+    expiry = format_date(number_in(k3s.record, "token_valid_until"))
+    entries = k3s.record.get("workers")
+    workers = [Status(entry, status.now) for entry in as_list(entries)]
+    known = "workers not known" if entries is None else f"{len(workers)} workers"
+    until = f", token valid until {expiry}" if expiry else ""
+    lines = [f"k3s        {k3s.text('state')} since {format_seconds(k3s.ago('since'))}{until},"
+             f" {known}"]
+    for worker in workers:
+        phase = worker.text("status")
+        lines.append(f"  {worker.text('name')[:40]:<40} {format_seconds(worker.ago('since')):>9}"
+                     f"  {WORKER_WORDS.get(phase, phase)}")
+    if len(lines) > room:
+        lines[room - 1:] = [f"  and {len(lines) - room + 1} more: `kubectl get pods`"]
+    return lines
+
+
 def draw_use(status: Status, signs: str) -> list[str]:
     """The machine's use: bars of now, and sparklines of the last 60 keepalives."""
     metrics = as_mapping(status.record.get("metrics"))
@@ -2785,8 +3224,10 @@ def draw_status(status: Status, headline: str, signs: str) -> list[str]:
         state = "is down" if up is None else f"carries since {format_seconds(up)}"
         tunnel = [f"tunnel     {state}, replaced {text('tunnel_replaced')} times, ssh to"
                   f" {text('tunnel')}"]
+    lines = lines[:6 - len(tunnel)]
+    room = 7 - len(lines) - len(tunnel)     # that the other lines leave
     return [line[:79] for line in [
-        *lines[:6], "",
+        *lines, "",
         f"machine    {text('machine_id')}, pool {text('pool_name')}, provider"
         f" {text('provider_name')}",
         f"gateway    {text('gateway')}{through}", *tunnel,
@@ -2798,7 +3239,7 @@ def draw_status(status: Status, headline: str, signs: str) -> list[str]:
         f" {text('registered')} registered",
         f"offers     {(number_in(offer, 'cpu') or 0) / 1000:g} CPUs, {offer.get('memory')} MiB"
         f" memory, {offer.get('gpu_count')} GPUs",
-        "", *draw_use(status, signs)]]
+        *draw_k3s(status, room), "", *draw_use(status, signs)]]
 
 
 def show_status(config: Config, as_json: bool, watch: bool) -> int:
@@ -3012,6 +3453,22 @@ def check_reach(setting: str, host: str, port: int) -> list[Finding]:
                      f" end: correct {setting} on the gateway, or the network")]
 
 
+def check_named(config: Config, kind: str, name: str) -> list[Finding]:
+    """Whether k3s has what the gateway's configuration names, where the node's token may look."""
+    path = {"secret": "/api/v1/namespaces/default/secrets",
+            "runtimeclass": "/apis/node.k8s.io/v1/runtimeclasses"}[kind]
+    status, k3s = 0, K3sClient(config, "")
+    if config.k3s_node_token and config.k3s_ca_file:
+        status = k3s.ask("GET", f"{path}/{name}?includeObject=None", config.k3s_node_token,
+                         accept=k3s.TABLE).status
+    if status == 200:
+        return [good(f"k3s has the {kind} {name}")]
+    if status == 404:
+        return [fail(f"k3s has no {kind} {name}, which the gateway's configuration names: make it"
+                     " there, in namespace default")]
+    return [warn(f"the {kind} {name} may not be looked at: `kubectl get {kind} {name}`")]
+
+
 def check_pool(config: Config, offer: Offer) -> list[Finding]:
     """The pool in the gateway's configuration, and each address there that workers need."""
     answer = ask_for_check(config, "GET", "/machine/config")
@@ -3021,8 +3478,10 @@ def check_pool(config: Config, offer: Offer) -> list[Finding]:
     elif answer.status != 200:
         return explain_check(config, "config", answer)
     settings = as_mapping(fields.get("config"))
-    pools = as_mapping(as_mapping(settings.get("worker")).get("pools"))
-    sizing = as_mapping(as_mapping(pools.get(config.pool_name)).get("pool_sizing"))
+    worker = as_mapping(settings.get("worker"))
+    pools = as_mapping(worker.get("pools"))
+    pool = as_mapping(pools.get(config.pool_name))
+    sizing = as_mapping(pool.get("pool_sizing"))
     cpu, memory = sizing.get("default_worker_cpu"), sizing.get("default_worker_memory")
     fault = explain_placement(fields, config)
     if not fault and config.pool_name not in pools:
@@ -3032,8 +3491,12 @@ def check_pool(config: Config, offer: Offer) -> list[Finding]:
         fault = (f"a worker of this pool needs {printable(cpu, 20)} CPU and {printable(memory, 20)}"
                  " memory, more than is offered here: raise --max-cpu or --max-memory, or lower the"
                  " pool's pool_sizing on the gateway")
-    reached = run_checks({str(place): functools.partial(check_reach, *place)
-                          for place in addresses_of(settings)}, CHECK_DEADLINE / 3)
+    needs = {str(place): functools.partial(check_reach, *place) for place in addresses_of(settings)}
+    named = [("runtimeclass", str(pool.get("runtime")))]
+    named += [("secret", str(name)) for name in as_list(worker.get("image_pull_secrets"))[:8]]
+    needs.update({f"{kind} {name}": functools.partial(check_named, config, kind, name)
+                  for kind, name in named if re.fullmatch("[a-z0-9][a-z0-9.-]{1,250}", name)})
+    reached = run_checks(needs, CHECK_DEADLINE / 3)
     first = fail(fault) if fault else good(f"{config.pool_name} takes machines such as this one")
     return [first] + [finding for _, found in reached for finding in found]
 
@@ -3045,17 +3508,17 @@ def check_k3s(config: Config) -> list[Finding]:
                                  ("--hostname", config.hostname)) if value is None]
     expiry = parse_expiry(config.k3s_token.reveal()) if config.k3s_token else None
     left = math.inf if expiry is None else expiry - time.time()
-    remedy = "make a new one with `kubectl create token`"
     if left <= 0:
-        found.append(fail(f"the k3s token has expired: {remedy}"))
+        found.append(fail(f"the k3s token has expired: {NEW_K3S_TOKEN}"))
     elif left < 30 * 86400:
-        found.append(warn(f"the k3s token expires in {format_seconds(left)}: {remedy}"))
+        found.append(warn(f"the k3s token expires in {format_seconds(left)}: {NEW_K3S_TOKEN}"))
+    k3s = K3sClient(config, "")
     try:
-        here = probe_tls("127.0.0.1", 6443, CHECK_DEADLINE / 4)
+        here = probe_tls(k3s.host, k3s.port, CHECK_DEADLINE / 4)
     except OSError as error:
-        return [*found, fail(f"k3s is not at 127.0.0.1:6443, {printable(error)}: install or start"
+        return [*found, fail(f"k3s is not at {k3s.place}, {printable(error)}: install or start"
                              " it, `systemctl status k3s`")]
-    found.append(good("127.0.0.1:6443 speaks TLS"))
+    found.append(good(f"{k3s.place} speaks TLS"))
     if not config.hostname:
         return found
     place = f"{format_host(config.hostname)}:6443"
@@ -3067,6 +3530,67 @@ def check_k3s(config: Config) -> list[Finding]:
         found.append(warn(f"{place}, where the gateway looks for k3s, cannot be reached from here,"
                           f" {printable(error)}: check --hostname"))
     return found
+
+
+# A worker's job, as far as an admission can mind it.
+JOB = json.dumps({
+    "apiVersion": "batch/v1", "kind": "Job", "metadata": {"generateName": "beta9-agent-check-"},
+    "spec": {"template": {"spec": {
+        "restartPolicy": "Never", "hostNetwork": True, "containers": [
+            {"name": "check", "image": "none", "securityContext": {"privileged": True}}]}}}})
+
+
+def check_account(k3s: K3sClient) -> list[Finding]:
+    """The gateway's token, with a job that is not made. Raises as `K3sClient.ask`."""
+    token = k3s.config.k3s_token
+    fault = k3s.explain_token()
+    if fault:
+        return [fail(fault)]
+    expiry = format_date(parse_expiry(token.reveal())) or "revoked"
+    found = [good(f"k3s accepts the gateway's token for all that it does there, until {expiry}")]
+    answer = k3s.ask("POST", "/apis/batch/v1/namespaces/default/jobs?dryRun=All", token, JOB)
+    message = as_mapping(parse_json(answer.body)).get("message")
+    objection: object = answer.headers.get("Warning") or message or answer.status
+    if objection == 201:
+        return [*found, good("a privileged job would be accepted")]
+    return [*found, fail(f"a worker would be refused, {printable(objection)}: take Pod Security off"
+                         " namespace default")]
+
+
+BAD_CONDITIONS = (("Ready", "False"), ("Ready", "Unknown"), ("MemoryPressure", "True"),
+                  ("DiskPressure", "True"), ("PIDPressure", "True"))
+
+
+def check_node(node: Mapping[str, Any], gpu_count: int | None) -> list[Finding]:
+    """What keeps workers off the node."""
+    spec, status = as_mapping(node.get("spec")), as_mapping(node.get("status"))
+    name = printable(as_mapping(node.get("metadata")).get("name"), 60)
+    taints = [as_mapping(taint) for taint in as_list(spec.get("taints"))]
+    conditions = [as_mapping(condition) for condition in as_list(status.get("conditions"))]
+    faults = [f"the taint {printable(taint.get('key'), 100)}" for taint in taints
+              if taint.get("effect") != "PreferNoSchedule"]
+    faults += [f"{each['type']} {each['status']}" for each in conditions
+               if (each.get("type"), each.get("status")) in BAD_CONDITIONS]
+    found = [fail(f"node {name} has {fault}: `kubectl describe node {name}` says why, `kubectl"
+                  f" uncordon {name}` ends a cordon") for fault in faults]
+    gpus = count_node_gpus(node)
+    if (gpus or 0) < (gpu_count or 0):
+        found.append(fail(f"k3s has {gpus} of {gpu_count} GPUs for workers: {TRY_PLUGIN}"))
+    return found or [good(f"node {name} takes workers, with {gpus} GPUs")]
+
+
+def check_workers(config: Config, gpu_count: int | None) -> list[Finding]:
+    """What k3s itself says about workers, where it is known to be k3s."""
+    if not (config.k3s_ca_file and config.k3s_token):
+        return [warn("not looked at: give --k3s-ca-file, so that the token goes to k3s alone")]
+    k3s = K3sClient(config, "")
+    try:
+        found, node = check_account(k3s), k3s.read_node()
+    except Exception as error:
+        return [fail(k3s.explain(error))]
+    if not node:
+        return [*found, warn("the node is not looked at: give --k3s-node-token-file")]
+    return found + check_node(node, gpu_count)
 
 
 def check_gpus() -> list[Finding]:
@@ -3128,7 +3652,8 @@ def find_all(config: Config, tunnels: contextlib.ExitStack) -> list[tuple[str, l
         "token": lambda: check_token(config, machine_id, status.is_running()),
         "keepalive": lambda: check_keepalive(config),
         "pool": lambda: check_pool(config, offer),
-        "k3s": lambda: check_k3s(config), "GPUs": check_gpus,
+        "k3s": lambda: check_k3s(config),
+        "workers": lambda: check_workers(config, offer.gpu_count), "GPUs": check_gpus,
         "machine": lambda: check_machine(config, offer, status)}
     fault = "correct the settings above first" if config.problems else ""
     if config.ssh and not fault:
@@ -3874,7 +4399,13 @@ def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
              "hash": digest[:12], "packages": pin_packages(), "settings": format_settings(settings),
              "payload": format_payload(program, config.fetch_from or ""),
              "k3s": format_k3s_steps(config), **format_tunnel(config)}
-    print(fill_in(INSTALL, words), end="")
+    script = fill_in(INSTALL, words)
+    size = len(script.encode())
+    if size >= USER_DATA_LIMIT:
+        LOG.warning("the script has %d bytes, where user-data may have %d: for cloud-init, which"
+                    " unpacks it, print it through `gzip`, or give --fetch-from", size,
+                    USER_DATA_LIMIT)
+    print(script, end="")
 
 
 # ---- 14 Entry

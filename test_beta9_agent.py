@@ -849,13 +849,13 @@ def offers(plan, *samples):
     seen = []
     for minute, sample, *fault in samples:
         sample = sample if isinstance(sample, tuple) else (*FULL, sample)
-        plan = b9.plan_offer(plan, b9.Offer(*sample), *fault or [""], 60.0 * minute)
+        plan = b9.plan_offer(plan, b9.Offer(*sample), b9.K3sView(*fault), 60.0 * minute)
         seen.append((plan.offer.gpu_count, (plan.offer.cpu or 0) > 0))
     return seen, plan
 
 
 def first(gpus, promised=0, fault=""):
-    return b9.first_offer(b9.Offer(*FULL, gpus), promised, fault, 0.0)
+    return b9.first_offer(b9.Offer(*FULL, gpus), promised, b9.K3sView(fault), 0.0)
 
 
 @pytest.mark.parametrize("gpus, promised, fault, offer", [
@@ -910,6 +910,183 @@ def test_plan_offer_reasons_have_their_remedy():
     lost = offers(first(4), (1, 3), (2, 3))[1].reason
     assert all(words in lost for words in ("1 of 4 GPUs", "nvidia-smi", "beta9 machine drain", "restart"))
     assert "10 minutes" in first(3, 4).reason
+
+
+# What is believed of k3s, look by look, and what is offered then
+def looks(*signs):
+    """Looks from signs: + usable, a letter for a fault, and with a number the GPUs of the node."""
+    return [b9.K3sView("" if sign[0] == "+" else sign[0], {} if sign[0] == "+" else None,
+                       int(sign[1:]) if sign[1:] else None) for sign in signs]
+
+
+def believed(*signs, view=b9.K3sView("unseen")):
+    """Fault and GPUs that are believed after each look."""
+    state, seen = b9.K3sState(view), []
+    for number, look in enumerate(looks(*signs)):
+        state = b9.believe(state, look, 10.0 * number)
+        seen.append((state.view.fault, state.view.gpu_count))
+    return seen
+
+
+@pytest.mark.parametrize("signs, faults", [
+    ("+", [""]), ("a+", ["a", ""]), ("ab+", ["a", "b", ""]), ("+a", ["", ""]), ("+a+", ["", "", ""]),
+    ("+aa", ["", "", "a"]), ("+ab", ["", "", "b"]), ("+aab", ["", "", "a", "b"]), ("+aa+", ["", "", "a", "a"]),
+    ("+aa++", ["", "", "a", "a", ""]), ("+aa+a+", ["", "", "a", "a", "a", "a"]), ("+a+a+a", [""] * 6)],
+    ids=lambda value: value if isinstance(value, str) else "")
+def test_gate_opens_at_the_first_good_look_and_then_changes_after_two_that_agree(signs, faults):
+    assert [fault for fault, _ in believed(*signs)] == faults
+
+
+@pytest.mark.parametrize("signs, gpus", [
+    (["+4"], [4]), (["+4", "+0"], [4, 4]), (["+4", "+0", "+0"], [4, 4, 0]), (["+4", "+0", "+4"], [4, 4, 4]),
+    (["+0", "+4", "+4"], [0, 0, 4]), (["+4", "+", "+"], [4, 4, 4]), (["+", "+4"], [None, 4]),
+    (["+4", "+0", "a", "+0", "+0"], [4, 4, 4, 4, 0])],
+    ids=["first", "one-fall", "fallen", "restarted", "risen", "unknown", "known-later", "unknown-between"])
+def test_gpus_of_the_node_change_after_two_looks_that_agree(signs, gpus):
+    assert [count for _, count in believed(*signs)] == gpus
+
+
+def test_belief_keeps_since_when_it_holds_and_the_age_of_each_worker():
+    state = b9.believe(b9.K3sState(b9.K3sView("unseen"), since=5.0), b9.K3sView("", {"a": b9.Worker("x", 7.0)}), 10.0)
+    assert state.since == 10.0
+    state = b9.believe(state, b9.K3sView("", {"a": b9.Worker("y", 8.0), "b": b9.Worker("x", 9.0)}), 20.0)
+    assert state.since == 10.0 and state.view.workers == {"a": b9.Worker("y", 7.0), "b": b9.Worker("x", 9.0)}
+    state = b9.believe(state, b9.K3sView("gone"), 30.0)
+    assert state.view == b9.K3sView("") and b9.believe(state, b9.K3sView("gone"), 40.0).since == 40.0
+
+
+def crew(names):
+    return None if names is None else {name: b9.Worker("Running", 0.0) for name in names}
+
+
+@pytest.mark.parametrize("gpus, promised, views, expected", [
+    (4, 0, [("abcd", 4), ("abcd", 3), ("abc", 3), ("", 3)], [(4, True), (3, False), (3, False), (3, True)]),
+    (4, 0, [("ab", 4), ("ab", 3), ("abx", 3), ("x", 3)], [(4, True), (3, False), (3, False), (3, True)]),
+    (4, 0, [("ab", 4), ("ab", 3), (None, 3), ("", 3)], [(4, True), (3, False), (3, False), (3, True)]),
+    (4, 0, [("ab", 4), ("ab", 3), ("ab", 4)], [(4, True), (3, False), (4, True)]),
+    (4, 0, [("ab", 4), ("ab", 3), ("b", 2), ("", 2)], [(4, True), (3, False), (2, False), (2, True)]),
+    (4, 0, [("", 4), ("", 3)], [(4, True), (3, True)]),
+    (4, 0, [(None, 4), (None, 3), ("ab", 3), ("", 3)], [(4, True), (4, True), (3, False), (3, True)]),
+    (3, 4, [(None, None), ("ab", None), ("b", None), ("", None)], [(3, False)] * 3 + [(3, True)]),
+    (3, 4, [("", None)], [(3, True)]), (4, 0, [("a", 8)], [(4, True)])],
+    ids=["four-of-them", "a-new-one-holds-none", "unknown-meanwhile", "back", "one-more-lost", "no-worker",
+         "known-later", "fewer-at-the-start", "none-at-the-start", "more-than-nvml"])
+def test_plan_offer_after_a_loss_waits_for_the_workers_that_ran_then(gpus, promised, views, expected):
+    plan, seen = first(gpus, promised), []
+    for names, count in views:
+        plan = b9.plan_offer(plan, None, b9.K3sView("", crew(names), count), 60.0)
+        seen.append((plan.offer.gpu_count, plan.offer.cpu > 0))
+        assert seen[-1][1] or "no work is taken" in plan.reason
+    assert seen == expected
+
+
+def test_plan_offer_says_what_is_missing_where_k3s_has_fewer_gpus_than_nvml():
+    plan = b9.plan_offer(first(4), None, b9.K3sView("", {}, 0), 60.0)
+    assert plan.offer == b9.Offer(*FULL, 0) and plan.reason.startswith("k3s has 0 of 4 GPUs for workers")
+    assert "device plugin" in plan.reason and "nvidia-container-runtime" in plan.reason
+    plan = b9.plan_offer(first(4), None, b9.K3sView("", crew("ab"), 3), 60.0)
+    assert "1 of 4 GPUs are lost: no work is taken until the workers" in plan.reason and "k3s has 3" in plan.reason
+
+
+def test_plan_offer_without_a_sample_is_no_second_one():
+    plan = b9.plan_offer(first(4), b9.Offer(*FULL, 3), b9.K3sView(), 60.0)
+    for _ in range(3):
+        plan = b9.plan_offer(plan, None, b9.K3sView("", {}), 61.0)
+    assert plan.offer.gpu_count == 4
+    assert b9.plan_offer(plan, b9.Offer(*FULL, 3), b9.K3sView("", {}), 62.0).offer.gpu_count == 3
+
+
+RULES = [{"verbs": ["list", "create", "delete"], "apiGroups": ["batch"], "resources": ["jobs"]},
+         {"verbs": ["list"], "apiGroups": [""], "resources": ["pods"]}]
+
+
+def ruled(rules):
+    return 201, {"kind": "SelfSubjectRulesReview", "status": {"resourceRules": rules, "incomplete": False}}
+
+
+@pytest.mark.parametrize("answer, words", [
+    (ruled(RULES), ""), (ruled([{"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"]}]), ""),
+    (ruled([*RULES[:1], {"verbs": ["get", "list"], "apiGroups": [""], "resources": ["nodes", "pods"]}]), ""),
+    (ruled(RULES[1:]), "may not list jobs, create jobs, delete jobs in"), (ruled(RULES[:1]), "may not list pods in"),
+    (ruled([{**RULES[0], "apiGroups": [""]}, RULES[1]]), "may not list jobs"),
+    (ruled([{**RULES[0], "verbs": ["list", "create"]}, RULES[1]]), "may not delete jobs in"),
+    (ruled([{**RULES[0], "resourceNames": ["one"]}, RULES[1]]), "may not list jobs"), (ruled([]), "may not list jobs"),
+    (ruled([None, 7, {"verbs": 5, "apiGroups": {}, "resources": "jobs"}]), "may not list jobs"),
+    (ruled(None), "k3s answers 201, no Kubernetes API"), ((401, {"message": "Unauthorized"}), "kubectl create token"),
+    ((403, {"message": "forbidden: x"}), "k3s answers 403, forbidden: x"), ((503, "starting"), "k3s answers 503"),
+    ((302, {}), "k3s answers 302"), ((200, {"status": {"resourceRules": RULES}}), "k3s answers 200"),
+    ((500, {"message": "\x1b[2J" + "x" * 9000}), r"\x1b[2J")],
+    ids=["role", "admin", "more", "no-jobs", "no-pods", "other-group", "no-delete", "named", "none", "odd", "no-rules",
+         "401", "403", "503", "redirect", "200", "hostile"])
+def test_explain_rules_says_why_the_gateway_cannot_use_k3s(answer, words):
+    said = b9.explain_rules(answer[0], json.dumps(answer[1]).encode())
+    assert words in said and (said == "") is (words == "") and said.isprintable() and len(said) < 500
+    assert said == "" or "no CPU is offered: " in said
+
+
+def table(*rows):
+    """A Table as Kubernetes 1.34 answers it."""
+    names = ["Name", "Ready", "Status", "Restarts", "Age", "IP", "Node", "Nominated Node", "Readiness Gates"]
+    return {"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": {"resourceVersion": "263"},
+            "columnDefinitions": [{"name": name, "type": "string", "priority": 0} for name in names],
+            "rows": [{"cells": [name, "0/1", status, "0", age, *["<none>"] * 4], "object": None}
+                     for name, status, age in rows]}
+
+
+def test_parse_workers_of_a_table():
+    workers = b9.parse_workers(json.dumps(table(
+        ("w-1", "Running", "2s"), ("w-2", "ImagePullBackOff", "5m12s"), ("w-3", "Pending", "2d3h"),
+        ("w-4", "Running", "1y"), ("w-5", "\x1b[2J", "<unknown>"))).encode(), 1e6)
+    assert {name: (worker.status, 1e6 - worker.since) for name, worker in workers.items()} == {
+        "w-1": ("Running", 2), "w-2": ("ImagePullBackOff", 312), "w-3": ("Pending", 183600),
+        "w-4": ("Running", 365 * 86400), "w-5": (r"\x1b[2J", 0)}
+    assert b9.count_running(workers) == 2 and b9.count_running({}) == 0 and b9.count_running(None) is None
+    assert b9.parse_workers(json.dumps(table()).encode(), 0.0) == {}
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"<html>", b"[]", DEEP, b'{"kind": "Status"}', b'{"kind": "PodList", "items": []}'])
+def test_parse_workers_of_no_table_is_unknown(body):
+    assert b9.parse_workers(body, 0.0) is None
+
+
+def test_parse_workers_of_odd_tables_is_what_can_be_read():
+    for odd in ODD_VALUES:
+        for change in ({"rows": odd}, {"columnDefinitions": odd}, {"rows": [odd]}, {"rows": [{"cells": odd}]},
+                       {"rows": [{"cells": [odd] * 9}]}, {"columnDefinitions": [{"name": odd}] * 9}):
+            workers = b9.parse_workers(json.dumps({**table(("w", "Running", "1s")), **change}).encode(), 0.0)
+            assert all(name.isprintable() and worker.status.isprintable() for name, worker in workers.items())
+
+
+def node(name="box1", **status):
+    return {"metadata": {"name": name}, "spec": {}, "status": status}
+
+
+@pytest.mark.parametrize("nodes, name", [
+    ([node()], "box1"), ([node("other")], "other"), ([node("other"), node("box1")], "box1"),
+    ([node("a"), node("b")], None), ([], None), (None, None), ([7], None)],
+    ids=["one", "one-of-another-name", "two", "none-of-two", "none", "no-list", "odd"])
+def test_find_node_is_the_only_one_or_the_one_of_this_name(nodes, name):
+    found = b9.find_node(json.dumps({"items": nodes}).encode(), "BOX1")
+    assert found.get("metadata", {}).get("name") == name
+
+
+@pytest.mark.parametrize("found, count", [
+    (node(allocatable={"nvidia.com/gpu": "4"}), 4), (node(allocatable={"cpu": "8"}), 0), (node(), 0), ({}, None),
+    (node(allocatable={"nvidia.com/gpu": "x"}), None), (node(allocatable={"nvidia.com/gpu": 2}), 2),
+    (node(allocatable=[]), 0), (node(allocatable={"nvidia.com/gpu": "-1"}), None)],
+    ids=["four", "no-plugin", "nothing", "no-node", "odd", "number", "list", "negative"])
+def test_count_node_gpus(found, count):
+    assert b9.count_node_gpus(found) == count
+
+
+def test_line_quota_allows_20_in_ten_minutes_and_counts_the_rest():
+    quota = b9.LineQuota()
+    allowed = [quota.allows(now) for now in range(0, 30)]
+    assert allowed == [True] * 20 + [False] * 10 and quota.left_out == 10
+    assert [quota.allows(now) for now in (599, 600, 600, 601, 602)] == [False, True, False, True, True]
+    for start in range(0, 7200, 7):
+        assert quota.allows(1e4 + start) or len([now for now in quota.times if now > 1e4 + start - 600]) == 20
 
 
 @pytest.mark.parametrize("config, words", [
@@ -1205,7 +1382,8 @@ GOOD = {  # a text and its value
     "token": (MACHINE_TOKEN, MACHINE_TOKEN), "machine_id": ("ABCDEF01", "abcdef01"),
     "pool_name": ("my gpus", "my gpus"),
     "provider_name": ("aws", "aws"), "hostname": ("box-1.tail.net", "box-1.tail.net"),
-    "k3s_token": (K3S_TOKEN, K3S_TOKEN),
+    "k3s_token": (K3S_TOKEN, K3S_TOKEN), "k3s_wait": ("yes", True),
+    "k3s_url": ("https://[::1]:16443/", "https://[::1]:16443"), "k3s_ca_file": (certifi.where(), certifi.where()),
     "gateway_host": ("gw.example.com", "gw.example.com"), "gateway_port": ("31994", 31994),
     "private_ip": ("10.1.2.3", "10.1.2.3"), "max_cpu": ("6.5", 6500), "max_memory": ("48Gi", 49152),
     "max_gpus": ("2", 2), "state_dir": ("/x/y", "/x/y"), "keepalive_interval": ("0.5", 0.5),
@@ -1215,11 +1393,14 @@ GOOD = {  # a text and its value
     "allow_cleartext": ("1", True), "offer_always": ("TRUE", True), "ca_file": (certifi.where(), certifi.where())}
 SWITCHES = [name for name in GOOD if OPTIONS[name].parse is b9.parse_switch]
 VALUED = [name for name in GOOD if name not in SWITCHES]
-FROM_FILES = {"token_file", "k3s_token_file", "config"}  # these name files, see below
+FROM_FILES = {"token_file", "k3s_token_file", "k3s_node_token_file", "config"}  # these name files, see below
 LISTS = {"ssh_option"}
 BAD = {
     "token": ["two words", "new\nline", "\x1b[2J", "tökén", " lead", "seven77", "qu\"oted-token"],
-    "k3s_token": ["two words", "a\r\n", "é"],
+    "k3s_token": ["two words", "a\r\n", "é"], "k3s_wait": ["2", "later"],
+    "k3s_url": ["http://127.0.0.1:6443", "127.0.0.1:6443", "https://", "https://u:p@host", "https://h/path",
+                "https://h:99999", "https://h:x", "https://h ", "https://h?x", "https://[::1"],
+    "k3s_ca_file": ["/nowhere/ca.pem", "/", os.devnull],
     "machine_id": ["1165a9b", "1165a9b60", "1165a9bg", "0x1165a9", "1165a9b6\n", "١٢٣٤٥٦٧٨"],
     "pool_name": [" ", "a\nb", "\x1b[2J"], "provider_name": [" x", "a\tb"],
     "hostname": ["300.1.1.1", "1.2.3.4.5", "http://x", "x:6443", "x/y", "a b", "-x", "x" * 300, "fe80::1%eth0"],
@@ -1316,7 +1497,8 @@ def test_trust_settings_in_a_gateway_section_are_read(tmp_path):
 @pytest.mark.parametrize("name", sorted(FLAGS_ONLY))
 def test_one_time_switches_have_no_variable(name):
     assert OPTIONS[name].variable == OPTIONS[name].file_key == "" and not getattr(config_of(), name)
-    text = {"fetch_from": "https://x/y", "print_file": "unit"}.get(name)
+    text = {"fetch_from": "https://x/y", "print_file": "unit", "k3s": "use", "k3s_version": "v1.34.3+k3s1",
+            "k3s_installer_sha256": "0" * 64}.get(name)
     value = getattr(config_of(OPTIONS[name].flag, *([text] if text else [])), name)
     assert value == (text or True)
 
@@ -1614,7 +1796,7 @@ def test_token_file_dash_is_standard_input():
     assert done.stdout == f"{MACHINE_TOKEN}\n", done.stderr
 
 
-@pytest.mark.parametrize("name", b9.SECRETS)
+@pytest.mark.parametrize("name", [name for name in b9.SECRETS if name in OPTIONS])
 @pytest.mark.parametrize("token_from, file_from", list(itertools.product(["flag", "variable", "file"], repeat=2)))
 def test_token_and_its_file_obey_the_precedence(name, token_from, file_from, tmp_path):
     other = "another-" + K3S_TOKEN
@@ -1910,7 +2092,7 @@ def test_sample_what_psutil_cannot_read_is_unknown_with_one_warning(monkeypatch,
         metrics = host.sample()[0]
         assert [getattr(metrics, field) for field in fields] == [None] * len(fields)
     assert len([line for line in log_lines if "cannot be read" in line]) == 1
-    others = set(b9.Metrics._fields) - set(fields)
+    others = set(b9.Metrics._fields) - set(fields) - {"worker_count"}
     assert None not in [getattr(metrics, field) for field in others]
 
 
@@ -3066,6 +3248,122 @@ def test_name_of_a_private_address_is_asked_directly_with_its_own_name(gateway, 
     agent.client.http.close()
 
 
+# k3s, by what listens in its place; the tests with the marker k3s have a real Kubernetes API
+def k3s_options(port, *more):
+    return ["--k3s-token", K3S, "--k3s-url", f"https://127.0.0.1:{port}", "--hostname", "box", *more]
+
+
+def cpu_offered(gateway):
+    """The CPU of the last registration."""
+    return gateway.calls(REGISTER)[-1].json["cpu"]
+
+
+@beside
+def test_k3s_without_its_ca_is_usable_while_a_handshake_ends_and_gets_no_token(box, gateway, certificates):
+    with contextlib.closing(TlsGateway(tls_with(certificates, "others"))) as k3s:
+        process = box.ready(gateway, *k3s_options(k3s.port))
+        assert cpu_offered(gateway) != "0m", "the first look was waited for"
+        k3s.stop()
+        wait(lambda: cpu_offered(gateway) == "0m", process.log)
+        assert " ERROR k3s cannot be used, connection refused by 127.0.0.1:" in process.log()
+        gateway.ready_again()
+        k3s.start()
+        wait(lambda: cpu_offered(gateway) != "0m", process.log)
+        assert k3s.seen == [] and not any(K3S.encode() in data for data in k3s.heard) and len(k3s.heard) > 2
+        assert process.poll() is None and "worker_count" not in gateway.ready_again().json["metrics"]
+
+
+@beside
+def test_k3s_with_a_foreign_certificate_gets_no_byte_of_the_token(box, gateway, certificates):
+    with contextlib.closing(TlsGateway(tls_with(certificates, "others"))) as k3s:
+        process = box.ready(gateway, *k3s_options(k3s.port, "--k3s-ca-file", str(certificates / "ca.pem")))
+        wait(lambda: len(k3s.heard) > 2, process.log)
+        assert cpu_offered(gateway) == "0m" and "has an unknown issuer, so no worker can run here" in process.log()
+        assert k3s.seen == [] and not any(K3S.encode() in data for data in k3s.heard)
+
+
+@pytest.mark.parametrize("name, fault, words", [
+    ("redirect", says(302, b"", "Location: https://127.0.0.1:9/"), "k3s answers 302"),
+    ("html", says(200, b"<html>"), "k3s answers 200, no Kubernetes API"),
+    ("unauthorized", says(401, {"kind": "Status", "message": "Unauthorized"}), "k3s refuses the token"),
+    ("echo", says(500, {"message": f"your token is {K3S}"}), "your token is [redacted]"),
+    ("endless", drips(HEAD + b"\r\n", b" " * 90000, 0), "larger than 4096 KiB"),
+    ("closed", breaks(b""), "k3s cannot be used, the connection")],
+    ids=lambda value: value if isinstance(value, str) else "")
+@beside
+def test_k3s_that_answers_so_is_unusable_and_hears_the_token_alone(box, gateway, certificates, name, fault, words):
+    with contextlib.closing(TlsGateway(tls_with(certificates, "good"))) as k3s, socket.create_server(
+            ("127.0.0.1", 0)) as proxy:
+        k3s.always = fault
+        process = box.ready(gateway, *k3s_options(k3s.port, "--k3s-ca-file", str(certificates / "ca.pem")),
+                            HTTPS_PROXY=f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        wait(lambda: words in process.log(), process.log)
+        assert cpu_offered(gateway) == "0m" and process.poll() is None
+        assert {bearer(link) for link in k3s.seen} == {K3S} and leaks(process.log(), K3S) == []
+        assert {link.call for link in k3s.seen} == {"selfsubjectrulesreviews"}, "nothing more is asked"
+        proxy.settimeout(0)
+        assert pytest.raises(BlockingIOError, proxy.accept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["silent", "silent-tls", "drip"])
+@beside
+def test_k3s_that_never_answers_is_unusable_and_in_the_way_of_nothing(box, gateway, certificates, name):
+    greet = {"silent": never_greets(b""), "silent-tls": never_greets(b"\x16\x03")}.get(
+        name, tls_with(certificates, "good"))
+    with contextlib.closing(TlsGateway(greet)) as k3s:
+        k3s.always = drips(HEAD, b"X: y\r\n")
+        options = ["--k3s-ca-file", str(certificates / "ca.pem")] if name == "drip" else []
+        process = box.ready(gateway, *k3s_options(k3s.port, *options))
+        wait(lambda: "k3s cannot be used, no complete answer in time" in process.log(), process.log)
+        kept = [link.time for link in gateway.calls(KEEPALIVE)]
+        assert cpu_offered(gateway) == "0m" and len(kept) > 20
+        assert stopped(process) == 0
+
+
+@beside
+def test_k3s_files_that_come_later_are_waited_for_and_used_at_once(box, gateway, certificates):
+    """With a keepalive a minute: what comes and changes is at the gateway within seconds."""
+    token, ca = box.folder / "k3s-token", box.folder / "ca.crt"
+    with contextlib.closing(TlsGateway(tls_with(certificates, "good"))) as k3s:
+        rules = answers("selfsubjectrulesreviews", *ruled(RULES))
+        k3s.always = lambda link: rules(link) if link.call != "pods" else says(200, table(("w", "Running", "1s")))(link)
+        options = ["--k3s-url", f"https://127.0.0.1:{k3s.port}", "--hostname", "box", "--k3s-token-file", str(token),
+                   "--k3s-ca-file", str(ca), "--keepalive-interval", "60"]
+        process = box.ready(gateway, *options, "--k3s-wait")
+        assert cpu_offered(gateway) == "0m" and gateway.calls(REGISTER)[0].json["token"] == ""
+        assert f"it is looked for in {token}, so look at `systemctl status k3s`" in process.log()
+        token.write_text("short")
+        time.sleep(2.5)
+        token.write_text(K3S)
+        start = time.monotonic()
+        wait(lambda: gateway.calls(REGISTER)[-1].json["token"] == K3S, process.log)
+        assert cpu_offered(gateway) == "0m" and k3s.heard == []
+        shutil.copy(certificates / "ca.pem", ca)
+        wait(lambda: cpu_offered(gateway) != "0m", process.log)
+        token.write_text("another-" + K3S)
+        wait(lambda: gateway.calls(REGISTER)[-1].json["token"] == "another-" + K3S, process.log)
+        took = time.monotonic() - start
+        gateway.ready_again()
+        assert took < 40, "at its next keepalive each would have taken a minute"
+        assert "INFO worker w is there, Running" in process.log()
+        assert gateway.calls(KEEPALIVE)[-1].json["metrics"]["worker_count"] == 1
+        assert leaks(process.log(), K3S) == [] and "no token in" not in process.log()
+        stopped(process)
+        token.unlink()
+        assert box.run("--dry-run", *options).returncode == 2
+
+
+@beside
+def test_k3s_file_that_is_missing_is_a_problem_unless_it_is_waited_for(box):
+    for flag in ("--k3s-token-file", "--k3s-ca-file", "--k3s-node-token-file"):
+        path = str(box.folder / "nowhere")
+        done = box.run("--dry-run", flag, path)
+        assert done.returncode == 2 and flag in done.stderr and len(done.stderr.splitlines()) == 1
+        assert box.run("--dry-run", flag, path, "--k3s-wait").returncode == 0
+        assert box.run("--dry-run", flag, path, BETA9_K3S_WAIT="1").returncode == 0
+
+
 # ---- 8 Disk
 def machine_of(gateway):
     return gateway.seen[-1].json["machine_id"]
@@ -3132,7 +3430,8 @@ def test_lock_left_by_a_dead_process_does_not_block(box, gateway):
 @beside
 def test_lock_folder_removed_under_the_agent_stays_ready(box, gateway):
     process = box.ready(gateway)
-    shutil.rmtree(box.folder / "state")
+    while (box.folder / "state").exists():      # the agent may write there meanwhile
+        shutil.rmtree(box.folder / "state", ignore_errors=True)
     gateway.ready_again()
     assert not (box.folder / "state").exists() and "Traceback" not in process.log() and stopped(process) == 0
 
@@ -3729,7 +4028,7 @@ def test_ssh_install_without_a_known_host_key_stops_and_says_how_to_compare(box,
 def test_ssh_install_script_is_small_enough_and_has_no_key_of_the_printing_machine(box, gateway, ssh_host, tail):
     done = ssh_host.run("--print-install", "--ssh-identity", f"{ssh_host.folder}/id", "--ssh-option",
                         "AddressFamily=inet", "--ssh-option", "Ciphers=aes128-ctr", *tail)
-    assert len(done.stdout.encode()) < (16384 if tail else 65536) and str(ssh_host.folder) not in done.stdout
+    assert len(done.stdout.encode()) < (16384 if tail else 82_000) and str(ssh_host.folder) not in done.stdout
     assert 'ssh.options: ["AddressFamily=inet", "Ciphers=aes128-ctr"]' in done.stdout
     assert "each machine gets a key of its own" in done.stderr
     assert subprocess.run(["sh", "-n"], input=done.stdout, text=True).returncode == 0
@@ -4252,7 +4551,7 @@ def test_life_short_ttl_keeps_a_third_of_it(box):
 def test_life_one_connection_and_the_contract_headers(box, gateway):
     gateway.always = lambda link: (link.sock.sendall(link.answer().replace(
         b"\r\n", b"\r\nSet-Cookie: id=%d\r\n" % len(gateway.seen), 1)), True)[1]
-    box.ready(gateway, "--k3s-token", K3S, "--hostname", "box.example", "--max-cpu", "0.5",
+    box.ready(gateway, "--k3s-token", K3S, "--offer-always", "--hostname", "box.example", "--max-cpu", "0.5",
               "--max-memory", "1Gi")
     wait(lambda: len(gateway.seen) > 9)
     assert gateway.connections == 1 == len({link.connection for link in gateway.seen})
@@ -4825,7 +5124,8 @@ def driver(folders):
 
         def start(self, *options):
             self.process = self.box.start(self.gateway, *options, NVML_STUB=str(self.control),
-                                          LD_LIBRARY_PATH=str(box.folder), BETA9_K3S_TOKEN=K3S)
+                                          LD_LIBRARY_PATH=str(box.folder), BETA9_K3S_TOKEN=K3S,
+                                          BETA9_OFFER_ALWAYS="yes")
 
         def say(self, said):
             self.control.with_suffix(".new").write_text(said)
@@ -4861,7 +5161,7 @@ def test_driver_that_hangs_later_delays_once_and_stays_registered(driver):
     times = [link.time for link in sick.gateway.seen]
     pauses = sorted(two - one for one, two in zip(times, times[1:]))
     assert 4 < pauses[-1] < 9 and pauses[-2] < 3
-    assert psutil.Process(sick.process.pid).num_threads() == 2
+    wait(lambda: psutil.Process(sick.process.pid).num_threads() == 2)       # the main one, and the stuck one
     sick.say("0 2 -1")
     wait(lambda: sick.free()[-1] == 2)
     assert sick.registered() == ["2"] and sick.process.poll() is None
@@ -4936,16 +5236,19 @@ def test_announce_caps_above_what_is_there_say_so_and_offer_all(gateway, log_lin
 
 @pytest.mark.parametrize("options, warnings", [
     ([], ["k3s token is missing", "give --hostname"]), (["--hostname", "box"], ["k3s token is missing"]),
-    (["--k3s-token", K3S], ["shows in `ps`", f"machine-{ID}"]), (["--offer-always"], [f"machine-{ID}"]),
+    (["--k3s-token", K3S], ["k3s was not seen yet", "shows in `ps`", f"machine-{ID}"]),
+    (["--k3s-token", K3S, "--offer-always"], ["shows in `ps`", f"machine-{ID}"]),
+    (["--offer-always"], [f"machine-{ID}"]),
     (["--offer-always", "--hostname", "box"], []), (["--dev"], [])],
-    ids=["neither", "no-token", "no-hostname", "always", "always-with-hostname", "dev"])
+    ids=["neither", "no-token", "not-seen", "no-hostname", "always", "always-with-hostname", "dev"])
 def test_announce_warns_of_what_workers_will_lack(gateway, log_lines, options, warnings):
     agent = agent_of(gateway.port, *options)
     agent.config.sources.pop("token")
     agent.announce()
     _, *said = log_lines
     assert len(said) == len(warnings) and all(words in " ".join(said) for words in warnings)
-    assert (agent.plan.offer.cpu == 0) is ("k3s token is missing" in warnings)
+    closed = {"k3s token is missing", "k3s was not seen yet"} & set(warnings)
+    assert (agent.plan.offer.cpu == 0) is bool(closed)
     assert agent.payload_of(REGISTER)["cpu"] == ("0m" if agent.plan.offer.cpu == 0 else f"{psutil.cpu_count()}000m")
 
 
@@ -5209,10 +5512,33 @@ def test_status_judges_a_record(change, now, code, words):
     assert found == code and words in said
 
 
+K3S_RECORD = {"url": "https://127.0.0.1:6443", "state": "usable", "since": 4700.0, "token_valid_until": 1803205800,
+              "gpu_count": 2, "fault": "", "workers": [
+                  {"name": f"worker-external-{number}", "status": status, "since": 4000.0}
+                  for number, status in enumerate(("Running", "ImagePullBackOff", "Odd" * 99))]}
+
+
+def test_status_shows_k3s_and_its_workers_in_words():
+    status = b9.Status({**GOOD_RECORD, "k3s": K3S_RECORD}, 5000.0)
+    lines = b9.draw_status(status, status.judge()[1], " .#")
+    at = lines.index("k3s        usable since 5 min, token valid until 2027-02-21 10:30 UTC, 3 workers")
+    assert [" ".join(line.split()) for line in lines[at + 1:at + 3]] == [
+        "worker-external-0 16 min Running", "worker-external-1 16 min image cannot be pulled"]
+    crowd = {**K3S_RECORD, "workers": K3S_RECORD["workers"] * 9}
+    lines = b9.draw_status(b9.Status({**GOOD_RECORD, "k3s": crowd}, 5000.0), "ready", " .#")
+    assert len(lines) == 23 and "  and 23 more: `kubectl get pods`" in lines
+    unknown = {**K3S_RECORD, "workers": None, "token_valid_until": None, "state": "unusable"}
+    lines = b9.draw_status(b9.Status({**GOOD_RECORD, "k3s": unknown}, 5000.0), "ready", " .#")
+    assert "k3s        unusable since 5 min, workers not known" in lines
+
+
 @pytest.mark.parametrize("signs", [" ▁▂▃▄▅▆▇█", " .:-=+*#"], ids=["utf-8", "ascii"])
-@pytest.mark.parametrize("change", [{}, {"failure": "x" * 900, "failing_since": 1.0}, {"warning": "y " * 900},
+@pytest.mark.parametrize("change", [{}, {"k3s": K3S_RECORD}, {"k3s": K3S_RECORD, "warning": "y " * 900},
+                                    {"k3s": {**K3S_RECORD, "state": "x" * 500, "workers": [{"name": "w"}] * 50}},
+                                    {"failure": "x" * 900, "failing_since": 1.0}, {"warning": "y " * 900},
                                     {"pool_name": "p" * 500, "proxy": "q" * 500},
-                                    {"tunnel": "t" * 500, "tunnel_up_since": 4000.0, "warning": "y " * 900}])
+                                    {"tunnel": "t" * 500, "tunnel_up_since": 4000.0, "k3s": K3S_RECORD,
+                                     "warning": "y " * 900}])
 def test_status_drawn_fits_80_columns_and_24_lines(change, signs):
     status = b9.Status({**GOOD_RECORD, **change}, 5001.0)
     lines = b9.draw_status(status, status.judge()[1], signs)
@@ -5228,6 +5554,7 @@ def test_status_of_records_with_anything_in_them_is_drawn_all_the_same():
     for _ in range(3000):
         record = dict(GOOD_RECORD)
         for name in chance.sample(sorted(record), 4):
+            record["k3s"] = {**K3S_RECORD, chance.choice(sorted(K3S_RECORD)): chance.choice(ODD_VALUES)}
             record[name] = chance.choice([*ODD_VALUES, "\x1b[2J\n", [1, "x", None], {"cpu": "x"}, [{"ms": "x"}], [[]]])
         record = json.loads(json.dumps(record))
         status = b9.Status(record, 5001.0)
@@ -5263,7 +5590,7 @@ def test_status_through_a_life(box, gateway):
             return done if done.returncode == code and words in done.stdout else None
         return wait(told, lambda: process.log())
 
-    options = ["--k3s-token", K3S, "--hostname", "box", "--machine-id", ID]
+    options = ["--k3s-token", K3S, "--offer-always", "--hostname", "box", "--machine-id", ID]
     process = box.ready(gateway, *options)
     wait(lambda: record_of(box)["kept_alive"] > 3)
     status(0, "ready since")
@@ -5312,7 +5639,7 @@ def test_status_record_shows_no_token_that_a_gateway_echoes(box, gateway):
 
 @beside
 def test_status_watch_draws_in_place_and_leaves_the_terminal_as_it_was(box, gateway):
-    box.ready(gateway, "--k3s-token", K3S)
+    box.ready(gateway, "--k3s-token", K3S, "--offer-always")
     there, here = pty.openpty()
     fcntl.ioctl(here, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     before = termios.tcgetattr(here)
@@ -5419,6 +5746,9 @@ CHECKS = {  # what is done to the gateway, options, the check, its result and wo
     "settings": (always(None), ["--max-gpus", "x"], "gateway", "fail", "correct the settings above first"),
     "k3s-token": (always(None), [], "k3s", "warn", "--k3s-token-file is missing"),
     "hostname": (always(None), [], "k3s", "warn", "--hostname is missing"),
+    "k3s-ca": (always(None), [], "workers", "warn", "give --k3s-ca-file"),
+    "runtime": (always(None), [], "pool", "warn", "`kubectl get runtimeclass nvidia`"),
+    "odd-runtime": (pool_with(runtime="../x y"), [], "pool", "ok", "external takes"),
 }
 
 
@@ -5570,7 +5900,7 @@ def test_check_k3s_compares_the_certificates_of_loopback_and_hostname(box, gatew
     (["--fetch-from", "https://x/y"], "--fetch-from goes with --print-install"),
     (["--print-install", "--fetch-from", "http://x/y"], "--fetch-from: the value 'http://x/y' is not an address"),
     (["--print-install", "--fetch-from", "https://u:pass@x/y"], "--fetch-from: the value"),
-    (["--print-file", "motd"], "--print-file: the value 'motd' is not a file")],
+    (["--print-file", "motd"], "--print-file: the script needs no file 'motd': give one of unit, ")],
     ids=lambda value: "-".join(value)[:30] if isinstance(value, list) else "")
 @beside
 def test_action_that_does_not_fit_ends_with_2(box, argv, words):
@@ -6008,11 +6338,16 @@ def test_print_install_script_is_sh_in_which_shellcheck_finds_nothing(form):
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), words
 
 
+@pytest.mark.parametrize("more", [[], ["--k3s", "use"], ["--k3s", "install"]], ids=["plain", "k3s-use", "k3s-install"])
 @beside
-def test_print_install_script_fits_into_user_data():
-    carried, fetched = (len(printed(*FORMS[form]).encode()) for form in ("carried", "fetched"))
-    print(f"the script has {carried} bytes, {fetched} with --fetch-from")
-    assert carried < 65536 and fetched < 16384
+def test_print_install_script_fits_into_user_data(more):
+    """As it is with --fetch-from, into that of EC2 too; else after gzip, which cloud-init undoes."""
+    options = FORMS["carried"][:-2] + more
+    done, fetched = prints(*options), prints(*options, *FORMS["fetched"])
+    size, packed = len(done.stdout.encode()), len(gzip.compress(done.stdout.encode()))
+    print(f"the script has {size} bytes, {packed} after gzip, {len(fetched.stdout)} with --fetch-from")
+    assert packed < 65536 and size < 82_000 and 0 < len(fetched.stdout.encode()) < 16384
+    assert ("print it through `gzip`" in done.stderr) is (size >= 65536) and "gzip" not in fetched.stderr
 
 
 @beside
@@ -6786,6 +7121,336 @@ def test_readme_commands_to_compare_the_file_with_its_hash_agree():
     words = [sys.executable, *commands[2].split()[1:]]
     assert shown.strip() in subprocess.check_output(words, text=True, cwd=SOURCE.parent)
     assert len(shown) == 13
+
+
+# ---- A real Kubernetes API, started by ../shared/tools/kube.sh
+ACCOUNTS = """
+{apiVersion: v1, kind: ServiceAccount, metadata: {name: beta9-gateway}, automountServiceAccountToken: false}
+---
+{apiVersion: rbac.authorization.k8s.io/v1, kind: Role, metadata: {name: beta9-gateway}, rules: [
+  {apiGroups: [batch], resources: [jobs], verbs: [list, create, delete]},
+  {apiGroups: [""], resources: [pods], verbs: [list]}]}
+---
+{apiVersion: rbac.authorization.k8s.io/v1, kind: RoleBinding, metadata: {name: beta9-gateway},
+ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: beta9-gateway},
+ subjects: [{kind: ServiceAccount, name: beta9-gateway}]}
+---
+{apiVersion: v1, kind: ServiceAccount, metadata: {name: beta9-agent}, automountServiceAccountToken: false}
+---
+{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRole, metadata: {name: beta9-agent}, rules: [
+  {apiGroups: [""], resources: [nodes], verbs: [get, list]},
+  {apiGroups: [node.k8s.io], resources: [runtimeclasses], verbs: [get]}]}
+---
+{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRoleBinding, metadata: {name: beta9-agent},
+ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: beta9-agent},
+ subjects: [{kind: ServiceAccount, name: beta9-agent, namespace: default}]}
+"""
+
+
+class Kube:
+    """The API that BETA9_TEST_KUBE_HOME names, with the two accounts, one node and no pods."""
+
+    def __init__(self, home):
+        self.home, self.pki = pathlib.Path(home), pathlib.Path(home) / "pki"
+        self.config = json.loads((self.home / "k3s.yaml").read_text())
+        self.url = self.config["clusters"][0]["cluster"]["server"]
+        self.clean()
+
+    def kubectl(self, words, text=""):
+        """What kubectl prints."""
+        words = [self.home / "bin/kubectl", "--kubeconfig", self.home / "k3s.yaml", "-n", "default", *words.split()]
+        done = subprocess.run(words, input=text, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def clean(self):
+        self.kubectl("delete --ignore-not-found --force --grace-period=0 jobs,pods --all")
+        self.kubectl("delete --ignore-not-found nodes --all")
+        self.kubectl("apply -f -", ACCOUNTS)
+        self.node()
+
+    def node(self, gpus=None, **spec):
+        """One node, Ready, with so many GPUs for workers."""
+        self.kubectl("delete --ignore-not-found nodes box1")
+        self.kubectl("apply -f -", json.dumps({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "box1"},
+                                               "spec": spec}))
+        self.patch("node box1", conditions=[{"type": "Ready", "status": "True"}])
+        if gpus is not None:
+            self.gpus(gpus)
+
+    def gpus(self, count):
+        self.patch("node box1", **{key: {"nvidia.com/gpu": str(count)} for key in ("capacity", "allocatable")})
+
+    def patch(self, what, **status):
+        words = [self.home / "bin/kubectl", "--kubeconfig", self.home / "k3s.yaml", "-n", "default", "patch",
+                 *what.split(), "--subresource=status", "--type=merge", "-p", json.dumps({"status": status})]
+        subprocess.run(words, check=True, capture_output=True, timeout=60)
+
+    def worker(self, name, phase="Running", **container):
+        """A job as the gateway makes it; its pod's name."""
+        labels = {"run.beam.cloud/role": "worker", "run.beam.cloud/machine-id": ID, "run.beam.cloud/worker-id": name}
+        self.kubectl("apply -f -", json.dumps({
+            "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name, "labels": labels},
+            "spec": {"template": {"metadata": {"labels": labels}, "spec": {
+                "restartPolicy": "OnFailure", "hostNetwork": True, "containers": [
+                    {"name": "worker", "image": "x", "env": [{"name": "SECRET", "value": CONFIG_SECRET}],
+                     "securityContext": {"privileged": True}}]}}}}))
+        pod = wait(lambda: self.kubectl(f"get pods -l run.beam.cloud/worker-id={name} -o name")).strip()
+        state = {"name": "worker", "image": "x", "imageID": "", "ready": False, "restartCount": 0, "state": container}
+        self.patch(pod, phase=phase, containerStatuses=[state] if container else [])
+        return pod.removeprefix("pod/")
+
+    def token(self, account="beta9-gateway"):
+        return self.kubectl(f"create token {account} --duration=2160h").strip()
+
+    def forged(self, seconds):
+        """A token as the API mints them, by its own key, that expires so many seconds from now."""
+        encode = lambda data: base64.urlsafe_b64encode(data).decode().rstrip("=")  # noqa: E731
+        claims = json.loads(base64.urlsafe_b64decode(self.token().split(".")[1] + "=="))
+        claims |= {"exp": int(time.time() + seconds), "iat": int(time.time() - 3600), "nbf": int(time.time() - 3600)}
+        signed = ".".join(encode(json.dumps(each).encode()) for each in ({"alg": "RS256"}, claims))
+        signature = subprocess.run(["openssl", "dgst", "-sha256", "-sign", self.pki / "sa.key"], check=True,
+                                   input=signed.encode(), capture_output=True).stdout
+        return f"{signed}.{encode(signature)}"
+
+    def find(self):
+        """The API's process."""
+        return next(process for process in psutil.process_iter(["cmdline"])
+                    if f"--tls-cert-file={self.pki}/serving.crt" in (process.info["cmdline"] or []))
+
+    def stop(self):
+        """Ends the API; what it was started with."""
+        process = self.find()
+        words = process.cmdline()
+        process.terminate()
+        process.wait(60)
+        return words
+
+    def start(self, words):
+        with open(self.home / "run/apiserver.log", "ab") as log, open(self.home / "run/pids", "a") as pids:
+            pids.write(f"{subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True).pid}\n")
+        wait(self.is_up, limit=60)
+
+    def is_up(self):
+        with contextlib.suppress(AssertionError):
+            return self.kubectl("get --raw /readyz") == "ok"
+
+    def requests(self):
+        """What the audit log has of the two accounts: account, verb and path of each request."""
+        lines = map(json.loads, (self.home / "run/audit.log").read_text().splitlines())
+        return [(line["user"]["username"].rpartition(":")[2], line["verb"], line["requestURI"]) for line in lines
+                if "system:serviceaccount:default:" in line["user"]["username"]]
+
+
+@pytest.fixture(scope="module")
+def kube():
+    home = os.environ.get("BETA9_TEST_KUBE_HOME")
+    assert home, "start an API with ../shared/tools/kube.sh up, and name its KUBE_HOME in BETA9_TEST_KUBE_HOME"
+    return Kube(home)
+
+
+class Looking:
+    """An agent that looks at the real API, with files of its own."""
+
+    def __init__(self, box, gateway, kube, *options, interval=1, **environ):
+        kube.clean()
+        self.box, self.gateway, self.kube = box, gateway, kube
+        self.token, self.node, self.ca = (box.folder / name for name in ("k3s-token", "node-token", "ca.crt"))
+        self.token.write_text(kube.token())
+        self.node.write_text(kube.token("beta9-agent"))
+        shutil.copy(kube.pki / "server-ca.crt", self.ca)
+        self.options = ["--k3s-url", kube.url, "--k3s-token-file", str(self.token), "--k3s-ca-file", str(self.ca),
+                        "--k3s-node-token-file", str(self.node), "--machine-id", ID, "--hostname", "127.0.0.1"]
+        self.process = box.ready(gateway, *self.options, "--keepalive-interval", str(interval), *options, **environ)
+
+    def offers(self, cpu, gpus=None, limit=60.0):
+        """Waits until CPU is offered or not; the seconds that it took."""
+        def is_so():
+            said = self.gateway.calls(REGISTER)[-1].json
+            return (said["cpu"] != "0m") is cpu and gpus in (None, said["gpu_count"])
+        start = time.monotonic()
+        wait(is_so, self.process.log, limit)
+        self.gateway.ready_again()
+        return time.monotonic() - start
+
+    def says(self, words):
+        wait(lambda: words in self.process.log(), self.process.log)
+
+
+@pytest.mark.k3s
+def test_kube_account_deleted_and_made_again_takes_the_offer_back_and_gives_it_again(box, gateway, kube):
+    """With the looks of every day, each 10 s; the API itself takes a token for up to 10 s more."""
+    looking = Looking(box, gateway, kube, interval=60)
+    assert cpu_offered(gateway) != "0m", "the first look was waited for"
+    kube.kubectl("delete serviceaccount beta9-gateway")
+    closed = looking.offers(cpu=False)
+    looking.says(" ERROR k3s refuses the token, which expired or whose account was deleted, so no worker can run here")
+    kube.kubectl("apply -f -", ACCOUNTS)
+    token = kube.token()
+    looking.token.write_text(token)
+    start = time.monotonic()
+    wait(lambda: gateway.calls(REGISTER)[-1].json["token"] == token)
+    rotated = time.monotonic() - start
+    opened = looking.offers(cpu=True)
+    print(f"\n0m {closed:.1f} s after the account was deleted; a new token at the gateway after {rotated:.1f} s,"
+          f" all on offer {opened:.1f} s later")
+    assert closed < 35 and rotated < 5 and opened < 25
+    assert stopped(looking.process) == 0 and leaks(looking.process.log(), token) == []
+
+
+@pytest.mark.k3s
+def test_kube_role_binding_deleted_is_told_by_its_rules(box, gateway, kube):
+    looking = Looking(box, gateway, kube)
+    looking.offers(cpu=True)
+    kube.kubectl("delete rolebinding beta9-gateway")
+    looking.offers(cpu=False)
+    looking.says("the k3s token may not list jobs, create jobs, delete jobs, list pods in namespace default")
+    assert "worker_count" not in gateway.calls(KEEPALIVE)[-1].json["metrics"]
+    kube.kubectl("apply -f -", ACCOUNTS)
+    looking.offers(cpu=True)
+    assert gateway.calls(KEEPALIVE)[-1].json["metrics"]["worker_count"] == 0
+
+
+@pytest.mark.k3s
+def test_kube_stopped_and_started_and_with_another_root_certificate(box, gateway, kube):
+    looking = Looking(box, gateway, kube)
+    looking.offers(cpu=True)
+    words = kube.stop()
+    looking.offers(cpu=False)
+    looking.says("k3s cannot be used, connection refused by 127.0.0.1:")
+    wait(lambda: "k3s cannot be used" in box.run("--status").stdout)
+    files = {name: (kube.pki / name).read_bytes() for name in ("serving.crt", "serving.key")}
+    try:
+        certificates = make_certificates()
+        for name, ending in (("serving.crt", "pem"), ("serving.key", "key")):
+            shutil.copy(certificates / f"good.{ending}", kube.pki / name)
+        start = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        looking.says("has an unknown issuer, so no worker can run here")
+        assert cpu_offered(gateway) == "0m"
+        shutil.copy(certificates / "ca.pem", looking.ca)
+        looking.offers(cpu=True)
+        start.terminate()
+        start.wait(60)
+        looking.offers(cpu=False)
+    finally:
+        for name, data in files.items():
+            (kube.pki / name).write_bytes(data)
+        kube.start(words)
+    shutil.copy(kube.pki / "server-ca.crt", looking.ca)
+    looking.offers(cpu=True)
+    gaps = [after.time - before.time for before, after in itertools.pairwise(gateway.calls(KEEPALIVE))]
+    print(f"\nlongest pause between keepalives, due each second: {max(gaps):.1f} s")
+    assert max(gaps) < 5 and looking.process.poll() is None
+
+
+@pytest.mark.k3s
+def test_kube_suspended_takes_connections_and_never_answers_and_is_unusable(box, gateway, kube):
+    looking = Looking(box, gateway, kube)
+    looking.offers(cpu=True)
+    api = kube.find()
+    api.suspend()
+    try:
+        looking.offers(cpu=False)
+        looking.says("k3s cannot be used, no complete answer in time from 127.0.0.1:")
+    finally:
+        api.resume()
+    looking.offers(cpu=True)
+
+
+@pytest.mark.k3s
+def test_kube_token_that_expires_takes_the_offer_back(box, gateway, kube):
+    """The API gives a minute of grace, and takes what it has just accepted for 10 s more."""
+    looking = Looking(box, gateway, kube)
+    looking.token.write_text(kube.forged(-40))
+    wait(lambda: gateway.calls(REGISTER)[-1].json["token"] == looking.token.read_text(), looking.process.log)
+    looking.offers(cpu=True)
+    looking.offers(cpu=False)
+    looking.says("k3s refuses the token")
+    _, found = check(box, gateway, *looking.options)
+    assert found["workers"][0][0] == "fail" and "k3s refuses the token" in found["workers"][0][1]
+    looking.token.write_text(kube.token())
+    looking.offers(cpu=True)
+
+
+@pytest.mark.k3s
+def test_kube_workers_are_counted_told_and_shown_without_their_secrets(box, gateway, kube):
+    looking = Looking(box, gateway, kube)
+    before = len(kube.requests())
+    count = lambda: gateway.calls(KEEPALIVE)[-1].json["metrics"].get("worker_count")  # noqa: E731
+    pods = [kube.worker("w1"), kube.worker("w2", "Pending", waiting={"reason": "ImagePullBackOff"}),
+            kube.worker("w3"), kube.worker("w4", "Succeeded")]
+    wait(lambda: count() == 2, looking.process.log)
+    for pod in pods[:3]:
+        looking.says(f" INFO worker {pod} is there, ")
+    shown = wait(lambda: (text := box.run("--status").stdout).count("Running") == 2 and text)
+    assert re.search(rf"  {pods[1]} +\d+ s  image cannot be pulled\n", shown) and ", 3 workers\n" in shown
+    kube.kubectl("delete job w1 --cascade=foreground --wait=false")
+    kube.kubectl(f"delete pod {pods[0]} --force --grace-period=0")
+    wait(lambda: count() == 1, looking.process.log)
+    looking.says(f" INFO worker {pods[0]} has ended, Running")
+    assert pods[3] not in looking.process.log() and CONFIG_SECRET not in looking.process.log() + shown
+    asked = kube.requests()[before:]
+    assert {(account, verb) for account, verb, _ in asked} == {
+        ("beta9-gateway", "create"), ("beta9-gateway", "list"), ("beta9-agent", "list")}
+    for account, verb, path in asked:
+        assert path.startswith({
+            ("beta9-gateway", "create"): "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews",
+            ("beta9-gateway", "list"): "/api/v1/namespaces/default/pods?includeObject=None&",
+            ("beta9-agent", "list"): "/api/v1/nodes?limit="}[account, verb])
+
+
+@pytest.mark.k3s
+def test_kube_gpus_of_the_node_fall_below_nvml_and_no_work_is_taken_until_workers_have_ended(
+        box, gateway, kube, nvml_stub, tmp_path):
+    write_gpus(tmp_path / "control", "....")
+    looking = Looking(box, gateway, kube, LD_LIBRARY_PATH=str(nvml_stub), NVML_STUB=str(tmp_path / "control"))
+    looking.offers(cpu=True, gpus="0")
+    looking.says(" ERROR k3s has 0 of 4 GPUs for workers, and no more are offered: is NVIDIA's device plugin")
+    kube.gpus(4)
+    looking.offers(cpu=True, gpus="4")
+    pods = [kube.worker(f"w{number}") for number in range(2)]
+    for pod in pods:
+        looking.says(f"worker {pod} is there")
+    kube.gpus(3)
+    looking.offers(cpu=False, gpus="3")
+    looking.says("1 of 4 GPUs are lost: no work is taken until the workers that may hold them have ended, 2 now")
+    kube.kubectl("delete --force --grace-period=0 jobs,pods --all")
+    looking.offers(cpu=True, gpus="3")
+    registered = [(link.json["gpu_count"], link.json["cpu"] != "0m") for link in gateway.calls(REGISTER)]
+    assert registered == [("0", True), ("4", True), ("3", False), ("3", True)]
+
+
+@pytest.mark.k3s
+def test_kube_check_tells_what_keeps_workers_away(box, gateway, kube):
+    looking = Looking(box, gateway, kube)
+    gateway.contract.config["worker"]["image_pull_secrets"] = ["registry"]
+
+    def told(check_name="workers"):
+        start = time.monotonic()
+        code, found = check(box, gateway, *looking.options)
+        assert time.monotonic() - start < 20 and looking.token.read_text() not in str(found)
+        return found[check_name]
+
+    good = told()
+    assert [mark for mark, _ in good] == ["ok"] * 3 and "UTC" in good[0][1] and "node box1 takes workers" in good[2][1]
+    assert good[1] == ("ok", "a privileged job would be accepted") and kube.kubectl("get jobs -o name") == ""
+    pool = told("pool")
+    assert ("warn", "the secret registry may not be looked at: `kubectl get secret registry`") in pool
+    assert any(mark == "fail" and "k3s has no runtimeclass nvidia" in text for mark, text in pool)
+    kube.kubectl("apply -f -", '{"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "handler": "nvidia",'
+                               ' "metadata": {"name": "nvidia"}}')
+    kube.kubectl("label namespace default pod-security.kubernetes.io/enforce=baseline")
+    kube.node(unschedulable=True, taints=[{"key": "example.com/only", "effect": "NoSchedule"}])
+    kube.patch("node box1", conditions=[{"type": kind, "status": "True"} for kind in ("Ready", "DiskPressure")])
+    try:
+        assert ("ok", "k3s has the runtimeclass nvidia") in told("pool")
+        bad = wait(lambda: len(found := told()) > 4 and found)
+        said = "\n".join(text for mark, text in bad if mark == "fail")
+        assert "a worker would be refused" in said and "PodSecurity" in said and "DiskPressure True" in said
+        assert "the taint example.com/only" in said and "the taint node.kubernetes.io/unschedulable" in said
+    finally:
+        kube.kubectl("label namespace default pod-security.kubernetes.io/enforce-")
+        kube.kubectl("delete runtimeclass nvidia")
 
 
 # ---- soak
