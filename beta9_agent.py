@@ -60,7 +60,7 @@ CONFIG_LIMIT = 4 * 1024 * 1024  # bytes, with the gateway's configuration: 117 k
 REQUEST_DEADLINE = 10.0         # seconds, for a whole request from the name look-up on
 HOST_DEADLINE = 5.0             # seconds, for driver and disk together, and for a look at k3s
 K3S_PERIOD = 10.0               # seconds between two looks at k3s; never above the interval
-K3S_PATIENCE = 1.0              # seconds, for the look before the first registration
+K3S_PATIENCE = 1.0              # seconds, for the first look, and between two glances at one
 FILES_PERIOD = 2.0              # seconds between two looks at the files of tokens and k3s's CA
 STOP_DEADLINE = 1.0             # seconds that a stop leaves to a request in flight
 LEAVE_DEADLINE = 1.8            # seconds from the stop to the end of the last request
@@ -693,7 +693,7 @@ class LineBudget:
 
 
 class LineQuota:
-    """At most `size` lines in `seconds`; counts those that were left out."""
+    """At most `size` lines in `seconds`; `left_out` counts what was not written since."""
 
     def __init__(self, size: int = 20, seconds: float = QUIET) -> None:
         self.times: collections.deque[float] = collections.deque([-math.inf] * size, size)
@@ -701,11 +701,10 @@ class LineQuota:
 
     def allows(self, now: float) -> bool:
         """Whether one more line is written."""
-        if now - self.times[0] < self.seconds:
-            self.left_out += 1
-            return False
-        self.times.append(now)
-        return True
+        allowed = now - self.times[0] >= self.seconds
+        if allowed:
+            self.times.append(now)
+        return allowed
 
 
 class Trouble:
@@ -2309,19 +2308,20 @@ class Agent:
         """Writes a line about each worker that came or went."""
         before, self.told_workers = self.told_workers, workers
         quota, now = self.worker_lines, read_clock()
-        left_out = quota.left_out
-        if left_out and quota.allows(now):
-            LOG.info("%d more workers came or went meanwhile", left_out)
+        if quota.left_out and quota.allows(now):
+            LOG.info("%d more workers came or went meanwhile", quota.left_out)
             quota.left_out = 0
         for verb, some, others in (("is there", workers, before), ("has ended", before, workers)):
             for name in sorted(set(some) - set(others)):
                 if quota.allows(now):
                     LOG.info("worker %s %s, %s", name, verb, some[name].status)
+                else:
+                    quota.left_out += 1
 
     def wait(self, stop: StopFlag) -> None:
         """Waits for the next attempt, and looks at the files and at k3s meanwhile."""
         while not stop.is_set() and read_clock() < self.next_wake():
-            stop.wait_until(min(self.next_wake(), read_clock() + TICK))
+            stop.wait_until(min(self.next_wake(), read_clock() + K3S_PATIENCE))
             before = self.k3s.view
             self.look_at_files()
             self.look_at_k3s()
