@@ -2287,26 +2287,26 @@ class Agent:
             self.k3s_client = K3sClient(self.config, self.state.machine_id)
             self.k3s = self.k3s._replace(last=None)
 
-    def look_at_k3s(self, seconds: float = 0.0) -> None:
-        """Takes in a look at k3s that has ended, waited for at most `seconds`, and begins another.
+    def look_at_k3s(self, seconds: float = 0.0) -> bool:
+        """Whether a look at k3s has ended, waited for at most `seconds`; begins the next one.
 
         Without a use for it there is none: where all is offered anyway, a handshake tells nothing.
         """
         config = self.config
         useful = config.k3s_ca_file or not config.offer_always
         if config.dev or not config.k3s_token or not useful:
-            return
+            return False
         look = self.k3s_client.poll(min(K3S_PERIOD, config.keepalive_interval), seconds)
-        if look is None:
-            return
-        self.k3s = believe(self.k3s, look, read_clock())
-        if self.k3s.view.workers is not None:
-            self.report_workers(self.k3s.view.workers)
-        self.plan_again(None)
+        if look is not None:
+            self.k3s = believe(self.k3s, look, read_clock())
+        return look is not None
 
-    def report_workers(self, workers: Mapping[str, Worker]) -> None:
+    def report_workers(self) -> None:
         """Writes a line about each worker that came or went."""
-        before, self.told_workers = self.told_workers, workers
+        workers, before = self.k3s.view.workers, self.told_workers
+        if workers is None:
+            return
+        self.told_workers = workers
         quota, now = self.worker_lines, read_clock()
         if quota.left_out and quota.allows(now):
             LOG.info("%d more workers came or went meanwhile", quota.left_out)
@@ -2322,9 +2322,11 @@ class Agent:
         """Waits for the next attempt, and looks at the files and at k3s meanwhile."""
         while not stop.is_set() and read_clock() < self.next_wake():
             stop.wait_until(min(self.next_wake(), read_clock() + K3S_PATIENCE))
-            before = self.k3s.view
             self.look_at_files()
-            self.look_at_k3s()
+            before = self.k3s.view
+            if self.look_at_k3s():
+                self.plan_again(None)
+                self.report_workers()
             if self.k3s.view != before:
                 self.write_status("running")
 
@@ -2334,7 +2336,7 @@ class Agent:
         words = "unusable" if view.fault else "usable"
         if self.k3s.last is None:
             words = "not looked at"
-        return {"url": self.config.k3s_url, "fault": self.config.redactor.redact(view.fault),
+        return {"fault": self.config.redactor.redact(view.fault),
                 "state": words, "since": self.k3s.since,
                 "token_valid_until": parse_expiry(token.reveal()) if token else None,
                 "gpu_count": view.gpu_count,
@@ -2542,6 +2544,7 @@ class Agent:
     def run(self, stop: StopFlag) -> int:
         """Lives until the flag is set; the exit code."""
         self.look_at_k3s(K3S_PATIENCE)
+        self.plan = plan_offer(self.plan, None, self.k3s_view(), read_clock())
         self.announce()
         self.write_status("starting")
         confirmed = False

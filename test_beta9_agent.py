@@ -3246,12 +3246,13 @@ def test_k3s_files_that_come_later_are_waited_for_and_used_at_once(box, gateway,
 def test_k3s_workers_that_come_and_go_are_told_in_20_lines_and_one_more(gateway, log_lines):
     agent = agent_of(gateway.port)
     for number in range(30):
-        agent.report_workers({f"w{number}": b9.Worker("Running", 0.0)})
+        agent.k3s = b9.K3sState(b9.K3sView("", {f"w{number}": b9.Worker("Running", 0.0)}))
+        agent.report_workers()
     assert log_lines[1:3] == ["worker w1 is there, Running", "worker w0 has ended, Running"]
     assert len(log_lines) == 20
     agent.worker_lines.times = collections.deque([-math.inf] * 20, 20)      # ten minutes later
     for _ in range(3):
-        agent.report_workers({"w29": b9.Worker("Running", 0.0)})
+        agent.report_workers()
     assert log_lines[20:] == ["39 more workers came or went meanwhile"]
 
 
@@ -4848,7 +4849,7 @@ def test_status_judges_a_record(change, now, code, words):
     assert found == code and words in said
 
 
-K3S_RECORD = {"url": "https://127.0.0.1:6443", "state": "usable", "since": 4700.0, "token_valid_until": 1803205800,
+K3S_RECORD = {"state": "usable", "since": 4700.0, "token_valid_until": 1803205800,
               "gpu_count": 2, "fault": "", "workers": [
                   {"name": f"worker-external-{number}", "status": status, "since": 4000.0}
                   for number, status in enumerate(("Running", "ImagePullBackOff", "Odd" * 99))]}
