@@ -64,7 +64,7 @@ CONFIG_LIMIT = 4 * 1024 * 1024  # bytes, with the gateway's configuration: 117 k
 REQUEST_DEADLINE = 10.0         # seconds, for a whole request from the name look-up on
 HOST_DEADLINE = 5.0             # seconds, for driver and disk together, and for a look at k3s
 K3S_PERIOD = 10.0               # seconds between two looks at k3s; never above the interval
-K3S_PATIENCE = 1.0              # seconds, for the look before the first registration
+K3S_PATIENCE = 1.0              # seconds, for the first look, and between two glances at one
 FILES_PERIOD = 2.0              # seconds between two looks at the files of tokens and k3s's CA
 STOP_DEADLINE = 1.0             # seconds that a stop leaves to a request in flight
 LEAVE_DEADLINE = 1.8            # seconds from the stop to the end of the last request
@@ -754,7 +754,7 @@ class LineBudget:
 
 
 class LineQuota:
-    """At most `size` lines in `seconds`; counts those that were left out."""
+    """At most `size` lines in `seconds`; `left_out` counts what was not written since."""
 
     def __init__(self, size: int = 20, seconds: float = QUIET) -> None:
         self.times: collections.deque[float] = collections.deque([-math.inf] * size, size)
@@ -762,11 +762,10 @@ class LineQuota:
 
     def allows(self, now: float) -> bool:
         """Whether one more line is written."""
-        if now - self.times[0] < self.seconds:
-            self.left_out += 1
-            return False
-        self.times.append(now)
-        return True
+        allowed = now - self.times[0] >= self.seconds
+        if allowed:
+            self.times.append(now)
+        return allowed
 
 
 class Trouble:
@@ -2615,41 +2614,44 @@ class Agent:
             self.k3s_client = K3sClient(self.config, self.state.machine_id)
             self.k3s = self.k3s._replace(last=None)
 
-    def look_at_k3s(self, seconds: float = 0.0) -> None:
-        """Takes in a look at k3s that has ended, waited for at most `seconds`, and begins another.
+    def look_at_k3s(self, seconds: float = 0.0) -> bool:
+        """Whether a look at k3s has ended, waited for at most `seconds`; begins the next one.
 
         Without a use for it there is none: where all is offered anyway, a handshake tells nothing.
         """
         config = self.config
         useful = config.k3s_ca_file or not config.offer_always
         if config.dev or not config.k3s_token or not useful:
-            return
+            return False
         look = self.k3s_client.poll(min(K3S_PERIOD, config.keepalive_interval), seconds)
-        if look is None:
-            return
-        self.k3s = believe(self.k3s, look, read_clock())
-        if self.k3s.view.workers is not None:
-            self.report_workers(self.k3s.view.workers)
-        self.plan_again(None)
+        if look is not None:
+            self.k3s = believe(self.k3s, look, read_clock())
+        return look is not None
 
-    def report_workers(self, workers: Mapping[str, Worker]) -> None:
+    def report_workers(self) -> None:
         """Writes a line about each worker that came or went."""
-        before, self.told_workers = self.told_workers, workers
+        workers, before = self.k3s.view.workers, self.told_workers
+        if workers is None:
+            return
+        self.told_workers = workers
         quota, now = self.worker_lines, read_clock()
-        left_out = quota.left_out
-        if left_out and quota.allows(now):
-            LOG.info("%d more workers came or went meanwhile", left_out)
+        if quota.left_out and quota.allows(now):
+            LOG.info("%d more workers came or went meanwhile", quota.left_out)
             quota.left_out = 0
         for verb, some, others in (("is there", workers, before), ("has ended", before, workers)):
             for name in sorted(set(some) - set(others)):
                 if quota.allows(now):
                     LOG.info("worker %s %s, %s", name, verb, some[name].status)
+                else:
+                    quota.left_out += 1
 
     def look_around(self) -> None:
         """Looks at the files and at k3s, between two attempts."""
-        before = self.k3s.view
         self.look_at_files()
-        self.look_at_k3s()
+        before = self.k3s.view
+        if self.look_at_k3s():
+            self.plan_again(None)
+            self.report_workers()
         if self.k3s.view != before:
             self.write_status("running")
 
@@ -2659,7 +2661,7 @@ class Agent:
         words = "unusable" if view.fault else "usable"
         if self.k3s.last is None:
             words = "not looked at"
-        return {"url": self.config.k3s_url, "fault": self.config.redactor.redact(view.fault),
+        return {"fault": self.config.redactor.redact(view.fault),
                 "state": words, "since": self.k3s.since,
                 "token_valid_until": parse_expiry(token.reveal()) if token else None,
                 "gpu_count": view.gpu_count,
@@ -2906,6 +2908,7 @@ class Agent:
     def run(self, stop: StopFlag) -> int:
         """Lives until the flag is set; the exit code."""
         self.look_at_k3s(K3S_PATIENCE)
+        self.plan = plan_offer(self.plan, None, self.k3s_view(), read_clock())
         self.announce()
         self.write_status("starting")
         confirmed = False
@@ -4361,6 +4364,22 @@ def format_tunnel(config: Config) -> dict[str, str]:
             "authorize": fill_in(INSTALL_AUTHORIZE, quoted)}
 
 
+def warn_of_script(config: Config) -> None:
+    """Warns of what the script holds, and of what it does not."""
+    if config.machine_id:
+        LOG.warning("--machine-id is in this script: run it on one machine only, or set"
+                    " BETA9_MACHINE_ID there")
+    if config.state_dir:
+        LOG.warning("--state-dir is left out: the service's is /var/lib/beta9-agent")
+    if config.ca_file:
+        LOG.warning("%s must be on the machine too, where its service can read it: not under /home,"
+                    " /root or /tmp", os.path.abspath(config.ca_file))
+    if config.token or config.k3s_token:
+        LOG.warning("on a terminal tokens are not shown: print this into a file or a pipe"
+                    if sys.stdout.isatty() else
+                    "what is printed holds the tokens: keep it as secret as them")
+
+
 def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
     """Prints the script that installs this very file with these settings. Needs no network.
 
@@ -4381,18 +4400,7 @@ def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
             return "''"
         return shlex.quote(hidden if sys.stdout.isatty() else secret.reveal())
 
-    if config.machine_id:
-        LOG.warning("--machine-id is in this script: run it on one machine only, or set"
-                    " BETA9_MACHINE_ID there")
-    if "state_dir" in settings:
-        LOG.warning("--state-dir is left out: the service's is /var/lib/beta9-agent")
-    if config.ca_file:
-        LOG.warning("%s must be on the machine too, where its service can read it: not under /home,"
-                    " /root or /tmp", os.path.abspath(config.ca_file))
-    if config.token or config.k3s_token:
-        LOG.warning("on a terminal tokens are not shown: print this into a file or a pipe"
-                    if sys.stdout.isatty() else
-                    "what is printed holds the tokens: keep it as secret as them")
+    warn_of_script(config)
     words = {"version": format_version(), "hostname": config.hostname or "",
              "machine_id": config.machine_id or "", "token": quoted(config.token),
              "k3s_token": quoted(config.k3s_token), "hidden": hidden, "sha256": digest,
@@ -4400,11 +4408,9 @@ def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
              "payload": format_payload(program, config.fetch_from or ""),
              "k3s": format_k3s_steps(config), **format_tunnel(config)}
     script = fill_in(INSTALL, words)
-    size = len(script.encode())
-    if size >= USER_DATA_LIMIT:
-        LOG.warning("the script has %d bytes, where user-data may have %d: for cloud-init, which"
-                    " unpacks it, print it through `gzip`, or give --fetch-from", size,
-                    USER_DATA_LIMIT)
+    if len(script.encode()) >= USER_DATA_LIMIT:
+        LOG.info("for user-data, which may have %d bytes, print this through `gzip`, which"
+                 " cloud-init undoes, or give --fetch-from", USER_DATA_LIMIT)
     print(script, end="")
 
 
