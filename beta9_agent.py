@@ -695,6 +695,8 @@ def plan_offer(plan: OfferPlan, sample: Offer | None, k3s: K3sView, now: float) 
     does once a second, for ever (measured).
     """
     if sample is not None:
+        if sample.gpu_count is None and plan.held_until is not None:    # the driver hangs
+            plan = plan._replace(held_until=now + WORKER_PATIENCE)
         sample = Offer(*(old if new is None else new for new, old in zip(sample, plan.sample)))
         found = sample if sample == plan.sample else plan.found
         plan = plan._replace(found=found, sample=sample)
