@@ -882,13 +882,15 @@ def test_first_offer_takes_no_work_where_gpus_are_fewer_or_no_worker_can_run(gpu
                                                            (2, True)]),
     (3, 4, [(10, 3), (11, 2), (12, 2)], [(3, True), (3, True), (3, True)]),
     (None, 4, [(1, None), (2, 4), (3, 4)], [(0, False), (0, False), (4, True)]),
-    (None, 4, [(9, None), (18, None), (27, None), (28, 3), (29, 3), (37, 3)], [(0, False)] * 4 + [(3, False), (3, True)]),
+    (None, 4, [(9, None), (18, None), (27, None), (28, 3), (29, 3), (37, 3)],
+     [(0, False)] * 4 + [(3, False), (3, True)]),
     (4, 0, [(1, 4, "k3s"), (2, 4, "")], [(4, False), (4, True)]),
     (4, 0, [(1, 4, "k3s"), (2, 3, "k3s"), (3, 3, "k3s"), (4, 3)], [(4, False)] * 3 + [(4, True)]),
     (3, 4, [(9, 3, "k3s"), (10, 3, "k3s"), (11, 3, "k3s"), (12, 3)], [(3, False)] * 3 + [(3, True)])],
     ids=["lost-stays-registered", "lost-and-back", "more-and-fewer", "unknown", "hung-at-the-start",
          "fewer-at-the-start", "back-while-waiting", "one-back-while-waiting", "one-more-lost-while-waiting",
-         "lost-after-waiting", "unknown-then-all", "unknown-for-long", "k3s-away", "lost-while-k3s-is-away", "waited-while-k3s-is-away"])
+         "lost-after-waiting", "unknown-then-all", "unknown-for-long",
+         "k3s-away", "lost-while-k3s-is-away", "waited-while-k3s-is-away"])
 def test_plan_offer_over_time(gpus, promised, samples, expected):
     assert offers(first(gpus, promised), *samples)[0] == expected
 
