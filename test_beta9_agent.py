@@ -3162,6 +3162,21 @@ def test_k3s_without_its_ca_is_usable_while_a_handshake_ends_and_gets_no_token(b
         assert process.poll() is None and "worker_count" not in gateway.ready_again().json["metrics"]
 
 
+@pytest.mark.parametrize("options", [[], ["--k3s-wait", "--k3s-ca-file", "/nowhere/ca.crt"]], ids=["none", "missing"])
+def test_k3s_client_without_a_root_certificate_asks_nothing(certificates, options):
+    with contextlib.closing(TlsGateway(tls_with(certificates, "good"))) as k3s:
+        client = b9.K3sClient(config_of(*k3s_options(k3s.port, *options)), ID)
+        with pytest.raises(b9.AgentError, match="root certificate of k3s is not at"):
+            client.ask("GET", "/", b9.Secret(K3S))
+        assert k3s.heard == []
+
+
+def test_k3s_offer_always_turns_the_gate_off_and_nothing_else(gateway):
+    agent = agent_of(gateway.port, "--k3s-token", K3S, "--offer-always", "--k3s-ca-file", certifi.where())
+    agent.k3s = b9.K3sState(b9.K3sView("down", {"w": b9.Worker("Running", 0.0)}, 3))
+    assert agent.k3s_view() == b9.K3sView("", {"w": b9.Worker("Running", 0.0)}, 3)
+
+
 @beside
 def test_k3s_with_a_foreign_certificate_gets_no_byte_of_the_token(box, gateway, certificates):
     with contextlib.closing(TlsGateway(tls_with(certificates, "others"))) as k3s:
