@@ -3159,11 +3159,11 @@ WORKER_WORDS = {
 
 
 def format_date(seconds: float | None) -> str:
-    """A moment, in seconds since 1970, for people; "" for none."""
+    """The day of a moment, in seconds since 1970, for people; "" for none."""
     import datetime
     with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):
         moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)  # type: ignore
-        return moment.strftime("%Y-%m-%d %H:%M UTC")
+        return moment.strftime("%Y-%m-%d")
     return ""
 
 
@@ -3173,10 +3173,10 @@ def draw_k3s(status: Status, room: int) -> list[str]:
     expiry = format_date(number_in(k3s.record, "token_valid_until"))
     entries = k3s.record.get("workers")
     workers = [Status(entry, status.now) for entry in as_list(entries)]
-    known = "workers not known" if entries is None else f"{len(workers)} workers"
+    known = "workers unknown" if entries is None else f"{len(workers)} workers"
     until = f", token valid until {expiry}" if expiry else ""
-    lines = [f"k3s        {k3s.text('state')} since {format_seconds(k3s.ago('since'))}{until},"
-             f" {known}"]
+    lines = [f"k3s        {k3s.text('state')} since {format_seconds(k3s.ago('since'))}, {known}"
+             f"{until}"]
     for worker in workers:
         phase = worker.text("status")
         lines.append(f"  {worker.text('name')[:40]:<40} {format_seconds(worker.ago('since')):>9}"
