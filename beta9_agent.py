@@ -3115,8 +3115,10 @@ class Status:
         since, ended = self.ago("ready_since"), self.ago("lease_ends_at")
         if not self.record:
             return 3, "not running, as far as is known: there is no record that can be read"
+        if not self.is_running() and self.record.get("state") == "stopped":
+            return 3, f"not running: stopped {format_seconds(self.ago('clock'))} ago{reason}"
         if not self.is_running():
-            return 3, f"not running{reason}"
+            return 3, f"not running, though nobody stopped it: see its log{reason}"
         if overdue is not None and overdue > 30:
             return 1, f"stuck: its next attempt is overdue since {format_seconds(overdue)}"
         if ended is not None and ended > 0:
@@ -3147,7 +3149,7 @@ def draw_bar(name: str, share: float, text: str, signs: str) -> str:
 
 def draw_sparkline(name: str, values: list[float], highest: float, text: str, signs: str) -> str:
     """A line with a sign for each value from 0 to the highest."""
-    steps = [round(min(max(value / highest, 0.0), 1.0) * (len(signs) - 1)) for value in values]
+    steps = [math.ceil(min(max(value / highest, 0.0), 1.0) * (len(signs) - 1)) for value in values]
     return f"{name:<11}{''.join(signs[step] for step in steps):<60} {text}"
 
 
@@ -3173,10 +3175,10 @@ def draw_k3s(status: Status, room: int) -> list[str]:
     expiry = format_date(number_in(k3s.record, "token_valid_until"))
     entries = k3s.record.get("workers")
     workers = [Status(entry, status.now) for entry in as_list(entries)]
-    known = "workers unknown" if entries is None else f"{len(workers)} workers"
+    known = "unknown" if entries is None else len(workers)
     until = f", token valid until {expiry}" if expiry else ""
-    lines = [f"k3s        {k3s.text('state')} since {format_seconds(k3s.ago('since'))}, {known}"
-             f"{until}"]
+    lines = [f"k3s        {k3s.text('state')} since {format_seconds(k3s.ago('since'))}, workers:"
+             f" {known}{until}"]
     for worker in workers:
         phase = worker.text("status")
         lines.append(f"  {worker.text('name')[:40]:<40} {format_seconds(worker.ago('since')):>9}"
@@ -3409,7 +3411,7 @@ def check_token(config: Config, machine_id: str | None, is_ours: bool) -> list[F
     if machine_id in ids and not is_ours:
         return [fail(f"machine {machine_id} is ready already, kept by an agent elsewhere: stop that"
                      " one, or give another --machine-id")]
-    return [good(f"the gateway accepts it; {len(ids)} machines of this pool are ready")]
+    return [good(f"the gateway accepts it; ready machines of this pool: {len(ids)}")]
 
 
 def check_keepalive(config: Config) -> list[Finding]:

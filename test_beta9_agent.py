@@ -5531,7 +5531,8 @@ GOOD_RECORD = {
     ({"ready_since": None, "lease_ends_at": None}, 5001, 1, "starting"),
     ({"offer": {"cpu": 0}, "warning": "no k3s"}, 5001, 1, "ready, takes no work: no k3s"),
     ({"warning": "a GPU is lost"}, 5001, 0, "ready since"),
-    ({"state": "stopped"}, 5001, 3, "not running"), ({"pid": 2 ** 22 + 1}, 5001, 3, "not running"),
+    ({"state": "stopped"}, 5001, 3, "not running: stopped 1 s ago"),
+    ({"pid": 2 ** 22 + 1}, 5001, 3, "not running, though nobody stopped it: see its log"),
     ({"process_start": "of another process"}, 5001, 3, "not running"), ({"process_start": ""}, 5001, 0, "ready"),
     ({"pid": 1, "process_start": b9.read_process_start(1)}, 5001, 0, "ready"),
     ({}, 4999, 3, "not running"),       # of before the boot, and the process number is taken again
@@ -5552,7 +5553,7 @@ K3S_RECORD = {"state": "usable", "since": 4700.0, "token_valid_until": 180320580
 def test_status_shows_k3s_and_its_workers_in_words():
     status = b9.Status({**GOOD_RECORD, "k3s": K3S_RECORD}, 5000.0)
     lines = b9.draw_status(status, status.judge()[1], " .#")
-    at = lines.index("k3s        usable since 5 min, 3 workers, token valid until 2027-02-21")
+    at = lines.index("k3s        usable since 5 min, workers: 3, token valid until 2027-02-21")
     assert [" ".join(line.split()) for line in lines[at + 1:at + 3]] == [
         "worker-external-0 16 min Running", "worker-external-1 16 min image cannot be pulled"]
     crowd = {**K3S_RECORD, "workers": K3S_RECORD["workers"] * 9}
@@ -5560,7 +5561,7 @@ def test_status_shows_k3s_and_its_workers_in_words():
     assert len(lines) == 23 and "  and 23 more: `kubectl get pods`" in lines
     unknown = {**K3S_RECORD, "workers": None, "token_valid_until": None, "state": "unusable"}
     lines = b9.draw_status(b9.Status({**GOOD_RECORD, "k3s": unknown}, 5000.0), "ready", " .#")
-    assert "k3s        unusable since 5 min, workers unknown" in lines
+    assert "k3s        unusable since 5 min, workers: unknown" in lines
 
 
 @pytest.mark.parametrize("signs", [" ▁▂▃▄▅▆▇█", " .:-=+*#"], ids=["utf-8", "ascii"])
@@ -5748,15 +5749,15 @@ CHECKS = {  # what is done to the gateway, options, the check, its result and wo
                       "answers"),
     "name": (always(None), ["--gateway-host", "a..b"], "gateway", "fail", "no address is known"),
     "public": (always(None), ["--gateway-host", "203.0.113.7"], "gateway", "fail", "--allow-cleartext"),
-    "good-token": (always(None), [], "token", "ok", "0 machines of this pool are ready"),
+    "good-token": (always(None), [], "token", "ok", "ready machines of this pool: 0"),
     "token-401": (always(None), ["--token", "another-token"], "token", "fail", "unknown, expired or disabled"),
     "token-403": (always(None), ["--token", "workspace-token"], "token", "fail", "another kind"),
     "same-id": (lambda it: it.contract.list.append(listed(ID)), ["--machine-id", ID], "token", "fail",
                 f"machine {ID} is ready already"),
     "other-id": (lambda it: it.contract.list.append(listed("00000001")), ["--machine-id", ID], "token", "ok",
-                 "1 machines"),
+                 "of this pool: 1"),
     "list-of-3-MB": (lambda it: it.contract.list.extend(listed("00000001") for _ in range(30_000)), [], "token", "ok",
-                     "30000 machines"),
+                     "of this pool: 30000"),
     "list-too-large": (lambda it: it.contract.list.extend([listed("x" * 99)] * 30_000), [], "token", "fail",
                        "larger than 4096 KiB"),
     "good-keepalive": (always(None), [], "keepalive", "ok", "has the route"),
@@ -5840,7 +5841,7 @@ def test_check_where_this_boxs_own_agent_runs_is_good(box, gateway):
     gateway.contract.list.append(listed(ID))
     wait(lambda: record_of(box)["ready_since"])
     _, found = check(box, gateway, "--machine-id", ID)
-    assert found["token"] == [("ok", "the gateway accepts it; 1 machines of this pool are ready")]
+    assert found["token"] == [("ok", "the gateway accepts it; ready machines of this pool: 1")]
     assert any("an agent runs here: ready" in text for _, text in found["machine"])
     stopped(process, signal.SIGKILL)
     assert check(box, gateway, "--machine-id", ID)[1]["token"][0][0] == "fail"
@@ -6379,6 +6380,24 @@ def test_print_install_script_fits_into_user_data(more):
     print(f"the script has {size} bytes, {packed} after gzip, {len(fetched.stdout)} with --fetch-from")
     assert packed < 65536 and size < 82_000 and 0 < len(fetched.stdout.encode()) < 16384
     assert ("print this through `gzip`" in done.stderr) is (size >= 65536) and "gzip" not in fetched.stderr
+
+
+CLOUD_INIT = """
+import sys
+from cloudinit import helpers, user_data, util
+message = user_data.UserDataProcessor(helpers.Paths({})).process(sys.stdin.buffer.read())
+part, = [part for part in message.walk() if part.get_content_maintype() != "multipart"]
+print(part.get_content_type(), util.fully_decoded_payload(part), sep="\\n", end="")
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cloud-init"), reason="no cloud-init here")
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_print_install_script_is_a_script_to_cloud_init(pack):
+    script = printed(*FORMS["carried"])
+    done = subprocess.run([SYSTEM_PYTHON, "-c", CLOUD_INIT], input=pack(script.encode()), capture_output=True,
+                          timeout=50)
+    assert done.stdout.decode() == f"text/x-shellscript\n{script}", done.stderr
 
 
 @beside
@@ -7417,7 +7436,7 @@ def test_kube_workers_are_counted_told_and_shown_without_their_secrets(box, gate
         looking.says(f" INFO worker {pod} is there, ")
     shown = wait(lambda: (text := box.run("--status").stdout).count("Running") == 2 and text)
     assert re.search(rf"  {pods[1]} +\d+ s  image cannot be pulled\n", shown)
-    assert ", 3 workers, token valid until 20" in shown
+    assert ", workers: 3, token valid until 20" in shown
     kube.kubectl("delete job w1 --cascade=foreground --wait=false")
     kube.kubectl(f"delete pod {pods[0]} --ignore-not-found --force --grace-period=0")
     wait(lambda: count() == 1, looking.process.log)
