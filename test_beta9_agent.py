@@ -2459,7 +2459,8 @@ class Box:
         self.environ = {name: value for name, value in os.environ.items()
                         if not name.startswith(("BETA9_", "STATE_DIRECTORY")) and "proxy" not in name.lower()}
         self.environ |= {"HOME": str(folder), "XDG_STATE_HOME": str(folder / "xdg"),
-                         "BETA9_STATE_DIR": str(folder / "state"), "BETA9_TOKEN": TOKEN}
+                         "BETA9_STATE_DIR": str(folder / "state"), "BETA9_TOKEN": TOKEN,
+                         "BETA9_K3S_URL": "https://127.0.0.1:9"}    # whatever this machine has on 6443
 
     def start(self, port, *options, before=(), python=(), stderr=None, **environ):
         """The process; `port` is a Gateway's, or None for options that say so. Its log is in `process.log()`."""
@@ -5918,10 +5919,10 @@ def test_check_k3s_compares_the_certificates_of_loopback_and_hostname(box, gatew
         for name, good in (("good", True), ("others", False)):
             with contextlib.closing(TlsGateway(tls_with(certificates, "good"), port=6443)), contextlib.closing(
                     TlsGateway(tls_with(certificates, name), host="127.0.0.2", port=6443)):
-                _, found = check(box, gateway, "--hostname", "127.0.0.2", "--k3s-token", K3S)
+                _, found = check(box, gateway, "--hostname", "127.0.0.2", "--k3s-token", K3S, BETA9_K3S_URL="")
             assert ("ok", "127.0.0.1:6443 speaks TLS") in found["k3s"]
             assert found["k3s"][-1][0] == ("ok" if good else "warn"), found["k3s"]
-        _, found = check(box, gateway, "--hostname", "127.0.0.2", "--k3s-token", K3S)
+        _, found = check(box, gateway, "--hostname", "127.0.0.2", "--k3s-token", K3S, BETA9_K3S_URL="")
         assert found["k3s"][-1][0] == "fail" and "systemctl status k3s" in found["k3s"][-1][1]
 
 
