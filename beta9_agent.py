@@ -253,6 +253,11 @@ def printable(value: object, limit: int = 200) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)[:limit]
 
 
+def explain_error(error: BaseException) -> str:
+    """What went wrong, without the system's number for it."""
+    return printable(getattr(error, "strerror", None) or error)
+
+
 def parse_json(body: bytes) -> Any:
     """None for what is no JSON."""
     try:
@@ -2410,7 +2415,7 @@ class Tunnel:
                     self.start(now)
                 return None
             except OSError as error:
-                return self.fail(f"cannot be started, {printable(error)}", now)
+                return self.fail(f"cannot be started, {explain_error(error)}", now)
         self.listen()
         if self.process.poll() is not None:
             self.listen()
@@ -3456,7 +3461,7 @@ def check_reach(setting: str, host: str, port: int) -> list[Finding]:
         probe_tcp(host, port, CHECK_DEADLINE / 4)
         return [good(f"{place} can be reached ({setting})")]
     except (OSError, UnicodeError) as error:
-        return [fail(f"{place} cannot be reached from here, {printable(error)}, so workers would"
+        return [fail(f"{place} cannot be reached from here, {explain_error(error)}, so workers would"
                      f" end: correct {setting} on the gateway, or the network")]
 
 
@@ -3523,7 +3528,7 @@ def check_k3s(config: Config) -> list[Finding]:
     try:
         here = probe_tls(k3s.host, k3s.port, CHECK_DEADLINE / 4)
     except OSError as error:
-        return [*found, fail(f"k3s is not at {k3s.place}, {printable(error)}: install or start"
+        return [*found, fail(f"k3s is not at {k3s.place}, {explain_error(error)}: install or start"
                              " it, `systemctl status k3s`")]
     found.append(good(f"{k3s.place} speaks TLS"))
     if not config.hostname:
@@ -3535,7 +3540,7 @@ def check_k3s(config: Config) -> list[Finding]:
             f"{place} shows another certificate, so it may be another machine: correct --hostname"))
     except (OSError, UnicodeError) as error:
         found.append(warn(f"{place}, where the gateway looks for k3s, cannot be reached from here,"
-                          f" {printable(error)}: check --hostname"))
+                          f" {explain_error(error)}: check --hostname"))
     return found
 
 
@@ -3608,7 +3613,7 @@ def check_gpus() -> list[Finding]:
         return [fail("a driver is here, but 0 GPUs are offered, as its Python binding is missing:"
                      f" {how_to_install('nvidia-ml-py')}")]
     except Exception as error:
-        return [fail(f"the driver does not answer, {printable(error)}: look at `nvidia-smi`")]
+        return [fail(f"the driver does not answer, {explain_error(error)}: look at `nvidia-smi`")]
     found = []
     for line, lost, sleeps in cards:
         if lost:

@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import pathlib
+import plistlib
 import pty
 import pwd
 import queue
@@ -7151,27 +7152,38 @@ def test_install_without_venv_module_asks_the_package_manager(root):
 
 
 # ---- README's words on trust
-def test_readme_role_allows_what_the_gateway_does_and_no_more():
-    text = README.split("```yaml\napiVersion: v1\nkind: ServiceAccount\n")[1].split("```")[0]
-    role, binding = list(pytest.importorskip("yaml").safe_load_all(text))[1:]
-    assert role["rules"] == [  # as gateway-api has it
-        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["list", "create", "delete"]},
-        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}]
-    assert {part["metadata"]["namespace"] for part in (role, binding)} == {"default"}
-    assert binding["roleRef"]["name"] == role["metadata"]["name"] and role["kind"] == "Role"
-
-
 def test_readme_options_table_is_that_of_the_program():
     rows = re.findall(r"^\| `(--[\w-]+)` \| (?:`(\w+)`)? ?\| (?:`([\w.]+)`)? ?\|", README, re.M)
     assert sorted(rows) == sorted((option.flag, option.variable, option.file_key) for option in b9.OPTIONS)
 
 
-def test_readme_commands_to_compare_the_file_with_its_hash_agree():
-    commands = re.search(r"```bash\n(sha256sum .*)\n(python3 .*--version)\n```", README)
+def test_readme_is_a_path_of_at_most_450_lines_in_order():
+    titles = re.findall("^## (.*)$", README, re.M)
+    assert README.count("\n") <= 450 and titles == [
+        "Get the file", "Check", "Join", "As a service", "Troubleshooting", "What you trust it with", "Options",
+        "Errors and exit codes", "Reliability", "Platforms"]
+
+
+def test_readme_hash_and_commands_to_compare_it_are_those_of_the_file():
+    commands = re.search(r"```bash\ncurl .*\n(sha256sum .*)\n(python3 .*--version)\n```", README)
     shown = subprocess.check_output(["sh", "-c", commands[1]], text=True, cwd=SOURCE.parent)
     words = [sys.executable, *commands[2].split()[1:]]
-    assert shown.strip() in subprocess.check_output(words, text=True, cwd=SOURCE.parent)
-    assert len(shown) == 13
+    assert shown.strip() in subprocess.check_output(words, text=True, cwd=SOURCE.parent) and len(shown) == 13
+    assert hashlib.sha256(SOURCE.read_bytes()).hexdigest() in README
+
+
+def test_readme_links_lead_to_its_titles():
+    titles = [re.sub("[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+              for title in re.findall("^#+ (.*)$", README, re.M)]
+    assert set(re.findall(r"\]\(#([^)]*)\)", README)) <= set(titles)
+
+
+def test_readme_launchd_file_names_the_program_and_no_secret():
+    plist = plistlib.loads(block("file: /Library/LaunchDaemons/beta9-agent.plist").encode())
+    assert plist["KeepAlive"] is plist["RunAtLoad"] is True and "token" not in str(plist).lower()
+    python, program, *options = plist["ProgramArguments"]
+    assert (python, program) == (".venv/bin/python", SOURCE.name)
+    assert b9.build_command_line().read(options).config == "agent.yaml"
 
 
 # ---- A real Kubernetes API, started by ../shared/tools/kube.sh
