@@ -3461,8 +3461,8 @@ def check_reach(setting: str, host: str, port: int) -> list[Finding]:
         probe_tcp(host, port, CHECK_DEADLINE / 4)
         return [good(f"{place} can be reached ({setting})")]
     except (OSError, UnicodeError) as error:
-        return [fail(f"{place} cannot be reached from here, {explain_error(error)}, so workers would"
-                     f" end: correct {setting} on the gateway, or the network")]
+        return [fail(f"{place} cannot be reached from here, {explain_error(error)}, so workers"
+                     f" would end: correct {setting} on the gateway, or the network")]
 
 
 def check_named(config: Config, kind: str, name: str) -> list[Finding]:
