@@ -597,7 +597,7 @@ def explain_rules(status: int, body: bytes) -> str:
         if not missing:
             return ""
         return (f"the k3s token may not {', '.join(missing)} in namespace default, {NO_CPU}: apply"
-                " the Role and RoleBinding of the README")
+                " what --print-file k3s-accounts prints")
     said = printable(fields.get("message") or "no Kubernetes API", 120)
     return f"k3s answers {status}, {said}, {NO_CPU}: {TRY_K3S}"
 

@@ -3746,6 +3746,7 @@ def test_ssh_ends_when_its_agent_is_killed(box, gateway, ssh_host):
     wait(lambda: ssh_host.clients() == [])
 
 
+@pytest.mark.slow
 @beside
 def test_ssh_agent_started_again_after_kill_takes_the_old_socket_over(box, gateway, ssh_host):
     stopped(ssh_host.ready("--machine-id", ID), signal.SIGKILL)
@@ -3753,6 +3754,7 @@ def test_ssh_agent_started_again_after_kill_takes_the_old_socket_over(box, gatew
     ssh_host.ready("--machine-id", ID)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["x" * 100, "others-may-write", "a:b%c"], ids=["long", "open", "odd"])
 @beside
 def test_ssh_socket_has_a_folder_of_its_own_where_the_state_folder_is_no_place_for_it(box, gateway, ssh_host, state):
@@ -3856,6 +3858,7 @@ def test_ssh_missing_names_the_package(box, action):
     assert "ssh is missing: install it, `apt-get install openssh-client`" in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["", "127.0.0.2:"], ids=["loopback", "an-address"])
 @beside
 def test_ssh_reverse_leads_to_this_machine(box, gateway, ssh_host, address):
@@ -3879,6 +3882,7 @@ def test_ssh_reverse_leads_to_this_machine(box, gateway, ssh_host, address):
             assert two.recv(5, socket.MSG_WAITALL) == b"hello"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, words", [("good", None), ("wrong-name", "is not for localhost")])
 @beside
 def test_ssh_with_tls_checks_the_name_of_ssh_gateway(box, gateway, ssh_host, certificates, name, words):
@@ -3973,6 +3977,7 @@ def test_ssh_dry_run_shows_what_would_be_started_and_starts_nothing(box, gateway
     assert "Accepted" not in ssh_host.log() and not (box.folder / "state").exists()
 
 
+@pytest.mark.slow
 @beside
 def test_ssh_options_rule_over_the_configuration_of_the_user(box, gateway, ssh_host):
     config = config_of(*ssh_host.options())
@@ -3985,6 +3990,7 @@ def test_ssh_options_rule_over_the_configuration_of_the_user(box, gateway, ssh_h
     assert not any(str(ssh_host.folder / "master").lower() in line for line in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [
     ["HOST"], ["HOST", "echo let in"], ["-tt", "HOST"], ["-s", "HOST", "sftp"], ["-W", "localhost:6443", "HOST"],
     ["-W", "127.0.0.1:GATEWAY", "HOST"], ["-N", "-R", "OTHER:localhost:6443", "HOST"],
@@ -4010,6 +4016,7 @@ state=$1 user=$(id -un)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [True, False], ids=["both-ports", "one-port"])
 @beside
 def test_ssh_install_makes_a_key_and_prints_the_line_that_lets_it_in(box, gateway, ssh_host, reverse):
@@ -5583,7 +5590,7 @@ def test_status_drawn_fits_80_columns_and_24_lines(change, signs):
 
 def test_status_of_records_with_anything_in_them_is_drawn_all_the_same():
     chance = random.Random(9)
-    for _ in range(3000):
+    for _ in range(600):
         record = dict(GOOD_RECORD)
         for name in chance.sample(sorted(record), 4):
             record["k3s"] = {**K3S_RECORD, chance.choice(sorted(K3S_RECORD)): chance.choice(ODD_VALUES)}
@@ -6393,6 +6400,7 @@ print(part.get_content_type(), util.fully_decoded_payload(part), sep="\\n", end=
 
 @pytest.mark.skipif(not shutil.which("cloud-init"), reason="no cloud-init here")
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@beside
 def test_print_install_script_is_a_script_to_cloud_init(pack):
     script = printed(*FORMS["carried"])
     done = subprocess.run([SYSTEM_PYTHON, "-c", CLOUD_INIT], input=pack(script.encode()), capture_output=True,
@@ -6499,6 +6507,7 @@ def test_print_install_bad_setting_prints_no_script():
     assert (done.returncode, done.stdout) == (2, "") and "--pool-name" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["carried", "fetched", "uninstall"])
 @beside
 def test_print_install_script_that_is_cut_off_runs_nothing(box, form):
