@@ -4419,13 +4419,13 @@ def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
             return "''"
         return shlex.quote(hidden if sys.stdout.isatty() else secret.reveal())
 
-    warn_of_script(config)
     words = {"version": format_version(), "hostname": config.hostname or "",
              "machine_id": config.machine_id or "", "token": quoted(config.token),
              "k3s_token": quoted(config.k3s_token), "hidden": hidden, "sha256": digest,
              "hash": digest[:12], "packages": pin_packages(), "settings": format_settings(settings),
              "payload": format_payload(program, config.fetch_from or ""),
              "k3s": format_k3s_steps(config), **format_tunnel(config)}
+    warn_of_script(config)
     script = fill_in(INSTALL, words)
     if len(script.encode()) >= USER_DATA_LIMIT:
         LOG.info("for user-data, which may have %d bytes, print this through `gzip`, which"
