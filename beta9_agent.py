@@ -3851,14 +3851,13 @@ place() { # name, text: the file is replaced in one step
     mv "$dir/$1.new" "$dir/$1"
 }
 admin() { k3s kubectl --request-timeout=8s "$@" 2>/dev/null; }
-cluster() { admin config view --minify --raw -o "jsonpath={.clusters[0].cluster.$1}"; }
 accepted() { # name: tried through a file, as others can see a command's words
     cat >"$dir/try.new" <<END
 apiVersion: v1
 kind: Config
 current-context: x
 contexts: [{name: x, context: {cluster: x, user: x}}]
-clusters: [{name: x, cluster: {server: "$(cluster server)", certificate-authority: $dir/ca.crt}}]
+clusters: [{name: x, cluster: {server: "$server", certificate-authority: $dir/ca.crt}}]
 users: [{name: x, user: {tokenFile: $dir/$1}}]
 END
     admin --kubeconfig "$dir/try.new" get --raw /version >/dev/null
@@ -3866,7 +3865,8 @@ END
 renew() { # file, account
     answer='{.status.token} {.status.expirationTimestamp}'
     minted=$(admin create token "$2" -n default --duration=2160h -o "jsonpath=$answer") || {
-        warn "k3s makes no token for $2: it does once it has applied beta9-agent.yaml; trying again"
+        admin get --raw /readyz >/dev/null || exit 0 # it is not up: the agent says so
+        warn "k3s makes no token for $2; trying again each minute: is it in 'k3s kubectl get sa'?"
         return 0
     }
     until=$(date -d "${minted#* }" +%s)
@@ -3875,8 +3875,10 @@ renew() { # file, account
 }
 
 command -v k3s >/dev/null || exit 0
-admin get --raw /readyz >/dev/null || exit 0 # it is not up: the agent says so
-ca=$(cluster certificate-authority-data | base64 -d)
+cluster=$(admin config view --minify --raw -o \
+    'jsonpath={.clusters[0].cluster.server} {.clusters[0].cluster.certificate-authority-data}') || :
+server=${cluster% *} ca=$(printf %s "${cluster##* }" | base64 -d)
+[ -n "$ca" ] || exit 0 # it was never up: the agent says so
 [ "$ca" = "$(cat "$dir/ca.crt" 2>/dev/null)" ] || place ca.crt "$ca"
 now=$(date +%s)
 for name in gateway agent; do
@@ -3941,11 +3943,23 @@ FILES = {"unit": UNIT, "wrapper": WRAPPER, "k3s-accounts": K3S_ACCOUNTS, "k3s-to
          "k3s-token-service": K3S_TOKEN_SERVICE, "k3s-token-timer": K3S_TOKEN_TIMER,
          "k3s-device-plugin": K3S_DEVICE_PLUGIN}    # which the script has the agent itself print
 
+K3S_FOLDER = r"""
+manifests=/var/lib/rancher/k3s/server/manifests # k3s itself applies what is in there
+unset KUBECONFIG # of another cluster, perhaps
+mkdir -p /var/lib/rancher/k3s
+( umask 077; mkdir -p "$manifests" )
+"""
+
 K3S_INSTALL = r"""fetch() { # an address into a file, over TLS
     "$base" -I -c {fetch} "$1" >"$2" || fail "$1 cannot be fetched: see the line above"
 }
 has_card() { [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null; }
+has_plugin() { # by this script, by a chart, or by NVIDIA's operator
+    [ -e "$plugin" ] ||
+        k3s kubectl get daemonsets -A -o name 2>/dev/null | grep -q nvidia-device-plugin
+}
 runtime=/usr/bin/nvidia-container-runtime nvidia=https://nvidia.github.io/libnvidia-container
+plugin=$manifests/nvidia-device-plugin.yaml
 if ! command -v k3s >/dev/null; then
     if has_card && [ ! -e $runtime ]; then # before k3s, which looks for it when it starts
         step 'installing the NVIDIA container toolkit'
@@ -3975,24 +3989,22 @@ if ! command -v k3s >/dev/null; then
     [ ! -e $runtime ] || server="$server --default-runtime nvidia"
     env -u K3S_URL -u K3S_TOKEN INSTALL_K3S_CHANNEL=stable INSTALL_K3S_VERSION={k3s_version} \
         INSTALL_K3S_EXEC="$server" sh "$opt/k3s-installer"
-    rm "$opt/k3s-installer"
 else
     step 'k3s is here already, and stays as it is'
 fi
-if has_card && [ ! -e "$manifests/nvidia-device-plugin.yaml" ]; then
+if has_card && ! has_plugin; then
     step "giving k3s NVIDIA's device plugin"
-    ( umask 077; mkdir -p "$manifests" )
-    "$python" -I "$program.new" --print-file k3s-device-plugin >"$manifests/plugin.new"
-    mv "$manifests/plugin.new" "$manifests/nvidia-device-plugin.yaml"
+    files="$files $plugin"
+    "$python" -I "$program.new" --print-file k3s-device-plugin >"$plugin.new"
 fi
 """
 
 K3S_USE = r"""step 'having k3s make the tokens of the gateway and the agent'
-mkdir -p /var/lib/rancher/k3s
-( umask 077; mkdir -p "$manifests" )
 files="$files $manifests/beta9-agent.yaml $opt/k3s-token $unit_dir/beta9-k3s-token.service"
 files="$files $unit_dir/beta9-k3s-token.timer" units="$units beta9-k3s-token.timer"
 "$python" -I "$program.new" --print-file k3s-accounts >"$manifests/beta9-agent.yaml.new"
+# Else k3s, which keeps a checksum, would not make the accounts again after an uninstall.
+printf '# %s\n' "$(date)" >>"$manifests/beta9-agent.yaml.new"
 "$python" -I "$program.new" --print-file k3s-token >"$opt/k3s-token.new"
 chmod 755 "$opt/k3s-token.new"
 for name in service timer; do
@@ -4024,7 +4036,7 @@ unset BETA9_TOKEN BETA9_K3S_TOKEN
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 opt=/opt/beta9-agent etc=/etc/beta9-agent state=/var/lib/beta9-agent user=beta9-agent
 unit_dir=/etc/systemd/system unit=$unit_dir/beta9-agent.service wrapper=/usr/local/bin/beta9-agent
-program=$opt/beta9_agent.py units=beta9-agent
+program=$opt/beta9_agent.py units=beta9-agent.service
 files="$program $etc/agent.yaml $etc/token $etc/k3s-token $unit $wrapper"
 hostname=${BETA9_HOSTNAME:-{hostname}} machine_id=${BETA9_MACHINE_ID:-{machine_id}}
 doing='looking around'
@@ -4034,7 +4046,7 @@ fail() { printf 'beta9-agent: %s\n' "$1" >&2; exit 1; }
 # shellcheck disable=SC2317  # it runs at the end
 clean() {
     code=$?
-    rm -rf "$opt/venv.new" "$etc/token.old" "$etc/k3s-token.old"
+    rm -rf "$opt/venv.new" "$opt/k3s-installer" "$etc/token.old" "$etc/k3s-token.old"
     for file in $files; do rm -f "$file.new"; done
     [ "$code" != 0 ] && [ -n "$doing" ] || return 0
     printf 'beta9-agent: failed while %s; the lines above say why. Mend that and run this again\n' \
@@ -4045,7 +4057,9 @@ trap clean EXIT
 catch_signals() { trap 'fail "stopped by a signal"' HUP INT PIPE TERM; }
 catch_signals
 back() { # to what was there before, after the agent refused what is new
-    [ -e "$unit.old" ] || systemctl -q disable --now $units
+    for name in $units; do
+        [ -e "$unit_dir/$name.old" ] || systemctl -q disable --now "$name"
+    done
     for file in $files; do
         rm -f "$file"
         [ ! -e "$file.old" ] || mv "$file.old" "$file"
@@ -4231,6 +4245,8 @@ UNINSTALL = r"""#!/bin/sh
 { main() {
 set -eu
 exec </dev/null
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+unset KUBECONFIG # of another cluster, perhaps
 fail() { printf 'beta9-agent: %s\n' "$1" >&2; exit 1; }
 [ "$(id -u)" = 0 ] || fail 'this must run as root: pipe it into sudo sh'
 unit=/etc/systemd/system/beta9-agent.service timer=beta9-k3s-token.timer code=0
@@ -4241,7 +4257,8 @@ if [ -e "$manifest" ]; then
     rm -f "$manifest" "$manifest.old" # first: k3s would bring back what is in it
     set -- serviceaccount/beta9-gateway serviceaccount/beta9-agent role/beta9-gateway \
         rolebinding/beta9-gateway clusterrole/beta9-agent clusterrolebinding/beta9-agent
-    k3s kubectl delete -n default --ignore-not-found --request-timeout=10s "$@" || {
+    ! command -v k3s >/dev/null || # it never came, so there is nothing of ours in it
+        k3s kubectl delete -n default --ignore-not-found --request-timeout=10s "$@" || {
         code=1
         printf 'beta9-agent: %s\n' 'k3s does not answer, so its tokens stay valid; revoke them by' \
             "k3s kubectl delete -n default --ignore-not-found $*" >&2
@@ -4292,7 +4309,8 @@ def format_settings(settings: Mapping[str, Setting]) -> str:
         setting = settings.get(option.name)
         given = setting is not None and setting.rank > 0
         if setting is not None and given and option.file_key and option.name not in left_out:
-            text = os.path.abspath(setting.text) if option.name == "ca_file" else setting.text
+            is_path = option.name == "ca_file" or option.name in K3S_FILES
+            text = os.path.abspath(setting.text) if is_path else setting.text
             value = text.split("\n") if option.many else text
             lines.append(f"{option.file_key}: {json.dumps(value, ensure_ascii=False)}")
     # Python's escapes are YAML's; JSON's are not, beyond 16 bits.
@@ -4311,12 +4329,13 @@ def format_k3s_steps(config: Config) -> str:
         raise AgentError("--k3s-version and --k3s-installer-sha256 go with --k3s install: add that")
     if not config.k3s:
         return ""
-    if config.k3s_token:
-        raise AgentError("--k3s has k3s make the token: leave out --k3s-token and its file")
+    if config.k3s_token or config.k3s_ca_file or config.k3s_node_token:
+        raise AgentError("--k3s has k3s make its tokens and tell its root certificate: leave out"
+                         " --k3s-token, --k3s-ca-file and --k3s-node-token-file")
     words = {"fetch": shlex.quote(FETCH), "k3s_version": config.k3s_version or "''",
              "k3s_installer_sha256": config.k3s_installer_sha256 or "''"}
     steps = fill_in(K3S_INSTALL, words) if config.k3s == "install" else ""
-    return f"\nmanifests=/var/lib/rancher/k3s/server/manifests\n{steps}{K3S_USE}"
+    return f"{K3S_FOLDER}{steps}{K3S_USE}"
 
 
 def format_payload(program: bytes, url: str) -> str:
@@ -4409,13 +4428,13 @@ def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
             return "''"
         return shlex.quote(hidden if sys.stdout.isatty() else secret.reveal())
 
-    warn_of_script(config)
     words = {"version": format_version(), "hostname": config.hostname or "",
              "machine_id": config.machine_id or "", "token": quoted(config.token),
              "k3s_token": quoted(config.k3s_token), "hidden": hidden, "sha256": digest,
              "hash": digest[:12], "packages": pin_packages(), "settings": format_settings(settings),
              "payload": format_payload(program, config.fetch_from or ""),
              "k3s": format_k3s_steps(config), **format_tunnel(config)}
+    warn_of_script(config)
     script = fill_in(INSTALL, words)
     if len(script.encode()) >= USER_DATA_LIMIT:
         LOG.info("for user-data, which may have %d bytes, print this through `gzip`, which"

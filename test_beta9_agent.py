@@ -2574,7 +2574,7 @@ def make_certificates():
     for name in ("ca", "others"):
         openssl(f"{new_key} -x509 -days 2 -keyout {name}.key -out {name}.pem"
                 " -addext keyUsage=critical,keyCertSign,cRLSign")
-    right = "DNS:localhost,IP:127.0.0.1"
+    right = "DNS:localhost,IP:127.0.0.1,DNS:get.k3s.io,DNS:nvidia.github.io"
     for name, days, names in (("good", 2, right), ("expired", -1, right), ("wrong-name", 2, "DNS:x.example")):
         openssl(f"{new_key} -keyout {name}.key -out {name}.csr")
         (folder / "names").write_text(f"subjectAltName={names}\nauthorityKeyIdentifier=keyid\n")
@@ -6364,7 +6364,10 @@ def heredoc(script, of):
 
 
 FORMS = {"carried": ["--token", TOKEN, *WELL], "fetched": ["--fetch-from", "https://x.example/agent.py?a=b&c='d'"],
-         "odd": ["--pool-name", ODD_NAMES["shell"], "--provider-name", ODD_NAMES["quotes"]]}
+         "odd": ["--pool-name", ODD_NAMES["shell"], "--provider-name", ODD_NAMES["quotes"]],
+         "k3s-use": ["--fetch-from", "https://x.example/agent.py", "--k3s", "use"],
+         "k3s-install": ["--fetch-from", "https://x.example/agent.py", "--k3s", "install", "--k3s-version",
+                         "v1.34.3+k3s1", "--k3s-installer-sha256", "0" * 64]}
 
 
 @needs_shellcheck
@@ -6635,9 +6638,32 @@ def start():
     processes.append(process)
     return process.pid
 
+def answer_timer(verb, name):
+    """Its service runs once, when it is started."""
+    path, link = "/etc/systemd/system/" + name, "/etc/systemd/system/timers.target.wants/" + name
+    if verb == "enable":
+        os.makedirs(os.path.dirname(link), exist_ok=True)
+        if not os.path.islink(link):
+            os.symlink(path, link)
+    elif verb == "disable":
+        os.unlink(link)
+        os.rmdir(os.path.dirname(link))
+    elif verb == "restart":
+        service = dict(re.findall("^([A-Za-z]+)=(.*)$", open(path.replace(".timer", ".service")).read(), re.M))
+        subprocess.run(["install", "-d", "-m", service["RuntimeDirectoryMode"], "-g", service["Group"],
+                        "/run/" + service["RuntimeDirectory"]], check=True)
+        with open("/var/log/timer", "ab") as log:
+            processes.append(subprocess.Popen(service["ExecStart"], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                              env={"PATH": "/usr/sbin:/usr/bin"}))
+
 def answer(words):
     global state, pid, due, loaded
-    verb = next(word for word in words if not word.startswith("-"))
+    verb, *names = [word for word in words if not word.startswith("-")]
+    for name in names:
+        if name.endswith(".timer"):
+            answer_timer(verb, name)
+    if names and all(name.endswith(".timer") for name in names):
+        return 0, ""
     if verb in ("enable", "disable") and not os.path.exists(UNIT):
         return 1, ""
     if verb == "daemon-reload":
@@ -7090,14 +7116,18 @@ def test_install_as_user_data_does_not_wait(installed):
     assert done.stdout.splitlines()[-1] == "beta9-agent: started: beta9-agent --status tells more"
 
 
+def trust(root, ca):
+    """Puts a root certificate among those of the system."""
+    digest = subprocess.check_output(["openssl", "x509", "-noout", "-hash", "-in", ca], text=True).strip()
+    for name in (f"{digest}.0", "ca-certificates.crt"):
+        shutil.copy(ca, root.folder / "etc/ssl/certs" / name)
+
+
 @needs_root
 @pytest.mark.slow
 @beside
 def test_install_fetched_file_is_used_if_it_is_the_right_one(installed, another, certificates):
-    ca = certificates / "ca.pem"
-    digest = subprocess.check_output(["openssl", "x509", "-noout", "-hash", "-in", ca], text=True).strip()
-    for name in (f"{digest}.0", "ca-certificates.crt"):
-        shutil.copy(ca, installed.folder / "etc/ssl/certs" / name)
+    trust(installed, certificates / "ca.pem")
     with contextlib.closing(installed.network.do(lambda: TlsGateway(tls_with(certificates, "good"),
                                                                     port=8443))) as site:
         script = printed("--token", TOKEN, *WELL, "--fetch-from", "https://localhost:8443/a?b=c&d", program=another)
@@ -7156,6 +7186,668 @@ def test_install_without_venv_module_asks_the_package_manager(root):
                         (3, "failed while installing Python")):
         root.program("apt-get", f"#!/bin/sh\nexit {code}\n")
         assert words in root.install(printed("--token", TOKEN), 1).stderr
+
+
+# ---- 13 Install: --k3s, without k3s
+TIMER_UNIT = "beta9-k3s-token.timer"
+MANIFESTS = "var/lib/rancher/k3s/server/manifests"
+
+
+@needs_shellcheck
+def test_k3s_token_script_is_sh_in_which_shellcheck_finds_nothing():
+    for words in (["sh", "-n"], ["bash", "--posix", "-n"], ["shellcheck", "--shell=sh", "-"]):
+        done = subprocess.run(words, input=b9.K3S_TOKEN, capture_output=True, text=True, timeout=50)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), words
+
+
+@needs_systemd
+def test_k3s_token_units_verified_by_systemd_are_silent(tmp_path):
+    service = re.sub("^ExecStart=.*", "ExecStart=/bin/true", b9.K3S_TOKEN_SERVICE, flags=re.M)
+    for ending, text in (("service", service), ("timer", b9.K3S_TOKEN_TIMER)):
+        (tmp_path / f"beta9-k3s-token.{ending}").write_text(text)
+    done = analyze("verify", str(tmp_path / TIMER_UNIT), str(tmp_path / "beta9-k3s-token.service"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("text, line", [
+    *((b9.K3S_TOKEN_SERVICE, line) for line in (
+        "Type=oneshot", "ExecStart=/opt/beta9-agent/k3s-token", "LogLevelMax=warning", "RuntimeDirectory=beta9-k3s",
+        "RuntimeDirectoryMode=0750", "RuntimeDirectoryPreserve=yes", "Group=beta9-agent")),
+    *((b9.K3S_TOKEN_TIMER, line) for line in ("OnBootSec=5s", "OnUnitActiveSec=1min", "WantedBy=timers.target"))],
+    ids=lambda value: value if "\n" not in value else "")
+def test_k3s_token_units_directive_is_there_once(text, line):
+    assert text.splitlines().count(line) == 1 and "User=" not in text
+
+
+def test_k3s_accounts_manifest_holds_these_rules_and_no_more():
+    accounts = list(pytest.importorskip("yaml").safe_load_all(b9.K3S_ACCOUNTS))
+    assert [(each["kind"], each["metadata"]) for each in accounts] == [
+        (kind, {"name": name} | ({} if kind.startswith("Cluster") else {"namespace": "default"}))
+        for name, kinds in (("beta9-gateway", ("ServiceAccount", "Role", "RoleBinding")),
+                            ("beta9-agent", ("ServiceAccount", "ClusterRole", "ClusterRoleBinding")))
+        for kind in kinds]
+    gateway, role, binding, agent, cluster_role, cluster_binding = accounts
+    assert gateway["automountServiceAccountToken"] is agent["automountServiceAccountToken"] is False
+    assert role["rules"] == [  # as gateway-api has it
+        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["list", "create", "delete"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}]
+    assert cluster_role["rules"] == [
+        {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list"]},
+        {"apiGroups": ["node.k8s.io"], "resources": ["runtimeclasses"], "verbs": ["get", "list"]}]
+    for each, kind in ((binding, "Role"), (cluster_binding, "ClusterRole")):
+        name = each["metadata"]["name"]
+        assert each["roleRef"] == {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
+        assert each["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": "default"}]
+
+
+def test_k3s_device_plugin_manifest_is_of_a_pinned_version():
+    plugin = pytest.importorskip("yaml").safe_load(b9.K3S_DEVICE_PLUGIN)
+    spec = plugin["spec"]["template"]["spec"]
+    assert (plugin["kind"], plugin["metadata"]["namespace"]) == ("DaemonSet", "kube-system")
+    assert re.fullmatch(r"nvcr\.io/nvidia/k8s-device-plugin:v\d+\.\d+\.\d+", spec["containers"][0]["image"])
+    assert spec["volumes"][0]["hostPath"]["path"] == spec["containers"][0]["volumeMounts"][0]["mountPath"]
+    assert plugin["spec"]["selector"]["matchLabels"] == plugin["spec"]["template"]["metadata"]["labels"]
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--k3s", "use", "--k3s-token", K3S], "--k3s has k3s make its tokens"),
+    (["--k3s", "install", "--k3s-token-file", "TOKEN"], "leave out --k3s-token, --k3s-ca-file"),
+    (["--k3s", "use", "--k3s-node-token-file", "TOKEN"], "--k3s has k3s make its tokens"),
+    (["--k3s", "use", "--k3s-ca-file", certifi.where()], "--k3s has k3s make its tokens"),
+    (["--k3s-version", "v1.34.3+k3s1"], "go with --k3s install: add that"),
+    (["--k3s", "use", "--k3s-version", "v1.34.3+k3s1"], "go with --k3s install: add that"),
+    (["--k3s", "use", "--k3s-installer-sha256", "0" * 64], "go with --k3s install: add that"),
+    (["--k3s", "instal"], "--k3s: the value 'instal' is no way to get k3s: give use"),
+    (["--k3s", ""], "--k3s: the value ''"),
+    (["--k3s", "install", "--k3s-version", "1.34"], "is not a version of k3s: give one such as v1.34.3+k3s1"),
+    (["--k3s", "install", "--k3s-version", "v1.34.3+k3s1;x"], "is not a version of k3s"),
+    (["--k3s", "install", "--k3s-installer-sha256", "0" * 63], "is not a SHA-256: give its 64 hex digits"),
+    (["--k3s", "install", "--k3s-installer-sha256", "$(x)" + "0" * 60], "is not a SHA-256")],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "")
+@beside
+def test_k3s_option_that_will_not_do_is_exit_2_and_prints_no_script(box, options, words):
+    (box.folder / "token").write_text(K3S)
+    options = [str(box.folder / "token") if word == "TOKEN" else word for word in options]
+    done = prints(*options)
+    assert (done.returncode, done.stdout) == (2, "") and words in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and K3S not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--k3s=use", "--k3s-version=v1.34.3+k3s1", f"--k3s-installer-sha256={'0' * 64}"],
+                         ids=lambda option: option.partition("=")[0])
+@beside
+def test_k3s_option_without_print_install_is_exit_2(box, option):
+    done = box.run(option)
+    assert done.returncode == 2 and " goes with --print-install: add that" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("way", ["use", "install"])
+@beside
+def test_k3s_settings_point_at_the_files_of_the_timer_and_wait_for_them(way):
+    script = printed("--k3s", way, "--pool-name", "gpu")
+    settings = b9.parse_tree(heredoc(script, "cat"))
+    assert settings == {
+        "state_dir": "/var/lib/beta9-agent", "token_file": "/etc/beta9-agent/token", "pool_name": "gpu",
+        "k3s_wait": "yes", "k3s_token_file": "/run/beta9-k3s/gateway-token",
+        "k3s_node_token_file": "/run/beta9-k3s/agent-token", "k3s_ca_file": "/run/beta9-k3s/ca.crt"}
+    assert ("get.k3s.io" in script) is (way == "install") and "cluster-admin" not in script + TEXT
+
+
+# k3s itself is not run: its installer is a stand-in that records how it was called, and what it installs as `k3s`
+# records its arguments, answers as the script needs it, and is away where somebody says so. The rest is real.
+K3S_WELL = ("--token", TOKEN, "--gateway-host", "127.0.0.1", "--hostname", "box")
+MINTED = "Jwt.0123456789abcdefghijklmnop.QRSTUVWXYZ"
+STANDIN_INSTALLER = """#!/bin/sh
+{ echo "arguments: $*"; env; } >>/var/log/k3s-installer
+cp /k3s /usr/local/bin/k3s
+"""
+STANDIN_K3S = f"""#!/bin/sh
+manifests=$(echo /{MANIFESTS}/*.yaml) timers=$(echo /etc/systemd/system/timers.target.wants/*)
+echo "$KUBECONFIG|$*|$manifests|$timers" >>/var/log/k3s
+[ ! -e /var/log/k3s-away ] || exit 1
+case $* in
+*" config view "*) echo "https://127.0.0.1:6443 $(base64 -w 0 /ca.pem)" ;;
+*" create token beta9-gateway "*) echo "{MINTED} 2099-01-01T00:00:00Z" ;;
+*" create token beta9-agent "*) echo "node-{MINTED} 2099-01-01T00:00:00Z" ;;
+*" get daemonsets "*) cat /var/log/daemonsets 2>/dev/null || : ;;
+esac
+"""
+# A card, and a /usr/bin that can be written.
+CARD = """umount -l dev; mount -t tmpfs -o mode=755 none dev; touch dev/nvidiactl; ln -s /proc/self/fd dev/fd
+cp -a /dev/null /dev/zero /dev/full /dev/random /dev/urandom dev
+mkdir run/upper run/work; mount -t overlay -o lowerdir=usr/bin,upperdir=run/upper,workdir=run/work none usr/bin"""
+APT = """#!/bin/sh
+echo "$*" >>/var/log/apt
+case $* in *' install nvidia-container-toolkit') cp /bin/true /usr/bin/nvidia-container-runtime ;; esac
+"""
+
+
+@contextlib.contextmanager
+def k3s_world(root, certificates):
+    """What the script reaches from this root by the names of get.k3s.io and nvidia.github.io, and k3s's API; the
+    requests to the two.
+    """
+    trust(root, certificates / "ca.pem")
+    shutil.copy(certificates / "ca.pem", root.folder)
+    with open(root.folder / "etc/hosts", "a") as file:
+        file.write("127.0.0.1 get.k3s.io nvidia.github.io\n")
+    stub(root.folder / "k3s", STANDIN_K3S.partition("\n")[2])
+    for name in (MANIFESTS, "etc/apt/sources.list.d"):
+        (root.folder / name).mkdir(parents=True)
+    pages = {"get.k3s.io/": STANDIN_INSTALLER, "nvidia.github.io/libnvidia-container/gpgkey": "KEY"}
+    rules = answers("selfsubjectrulesreviews", *ruled(RULES))
+    greet = tls_with(certificates, "good")
+    with contextlib.ExitStack() as stack:
+        site, api = (stack.enter_context(contextlib.closing(root.network.do(lambda: TlsGateway(greet, port=port))))
+                     for port in (443, 6443))
+        site.always = lambda link: says(200, pages[link.headers["Host"] + link.target].encode())(link)
+        api.always = lambda link: rules(link) if link.call != "pods" else says(200, table())(link)
+        yield site.seen
+
+
+def logged(root, name):
+    path = root.folder / "var/log" / name
+    return path.read_text() if path.exists() else ""
+
+
+def told_in_order(output, *steps):
+    """Whether the script told these steps, and in this order."""
+    places = [output.find(f"beta9-agent: {step}\n") for step in steps]
+    assert -1 not in places and places == sorted(places), output
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_k3s_use_where_k3s_is_still_to_come_waits_for_it(root):
+    """k3s itself was not run."""
+    root.program("sleep", "#!/bin/sh\nexit 0\n")
+    before = root.tree()
+    done = root.install(printed(*K3S_WELL, "--k3s", "use"), 3)
+    assert done.stderr == "" and "takes no work: the k3s token is missing" in done.stdout, done
+    told_in_order(done.stdout, "having k3s make the tokens of the gateway and the agent",
+                  "putting it in place and starting it", "installed but not ready, see above; it goes on trying")
+    assert root.gateway.ready() and cpu_offered(root.gateway) == "0m"
+    tree = root.tree()
+    *status, manifest = tree[f"{MANIFESTS}/beta9-agent.yaml"]
+    assert status == [0, 0, "0o100644"] and tree[MANIFESTS][2] == "0o40700"
+    assert re.fullmatch(re.escape(b9.K3S_ACCOUNTS) + "# [^\n]+\n", manifest.decode())
+    assert tree[f"{OPT}/k3s-token"] == (0, 0, "0o100755", b9.K3S_TOKEN.encode())
+    for ending, text in (("service", b9.K3S_TOKEN_SERVICE), ("timer", b9.K3S_TOKEN_TIMER)):
+        assert tree[f"etc/systemd/system/beta9-k3s-token.{ending}"] == (0, 0, "0o100644", text.encode())
+    assert (root.folder / "etc/systemd/system/timers.target.wants" / TIMER_UNIT).is_symlink()
+    assert root.run("stat", "-c", "%a %U:%G", "/run/beta9-k3s").stdout == "750 root:beta9-agent\n"
+    assert logged(root, "timer") == "", "without k3s it says nothing"
+    assert not any(path.endswith((".old", ".new")) for path in tree)
+    done = root.install(prints(action="--print-uninstall").stdout)
+    assert done.stderr == "" and done.stdout.startswith("beta9-agent: gone")
+    assert {path for path in root.tree() if path not in before} == {
+        MANIFESTS.rsplit("/", depth)[0] for depth in range(4)}, "folders alone"
+    assert root.run("ls", "/run/beta9-k3s").returncode != 0
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_k3s_from_its_installer_to_a_full_offer_and_away_again(installed, certificates):
+    """k3s itself was not run."""
+    digest = hashlib.sha256(STANDIN_INSTALLER.encode()).hexdigest()
+    options = [*K3S_WELL, "--k3s", "install", "--k3s-version", "v1.34.3+k3s1"]
+    foreign = {"KUBECONFIG": "/elsewhere", "K3S_URL": "https://elsewhere", "K3S_TOKEN": "x"}
+    with k3s_world(installed, certificates) as seen:
+        pid, before = installed.pid_of_ready(), installed.tree()
+        done = installed.install(printed(*options, "--k3s-installer-sha256", "0" * 64), 1)
+        assert f"the installer's SHA-256 is {digest}, not the one asked for" in done.stderr
+        assert logged(installed, "k3s-installer") == ""
+        as_it_was(installed, pid, before)
+
+        done = installed.install(printed(*options, "--k3s-installer-sha256", digest), **foreign)
+        assert done.stderr == "" and "\nready since " in done.stdout, done
+        told_in_order(done.stdout, "installing k3s by its own installer",
+                      f"running the installer with SHA-256 {digest}",
+                      "having k3s make the tokens of the gateway and the agent", "putting it in place and starting it")
+        called = logged(installed, "k3s-installer").splitlines()
+        assert called[0] == "arguments: " and {line for line in called if "K3S" in line} == {
+            "INSTALL_K3S_CHANNEL=stable", "INSTALL_K3S_VERSION=v1.34.3+k3s1",
+            "INSTALL_K3S_EXEC=server --disable traefik --disable servicelb --tls-san box"}
+        assert leaks("\n".join(called), TOKEN, K3S) == []
+        said = installed.gateway.calls(REGISTER)[-1].json
+        assert said["token"] == MINTED and said["cpu"] != "0m"
+        listed = installed.run("sh", "-c", "cd /run/beta9-k3s; stat -c '%n %a %U:%G' *; cat agent-token").stdout
+        names = "agent-token", "agent-token.renewal", "ca.crt", "gateway-token", "gateway-token.renewal"
+        assert listed == "".join(f"{name} 640 root:beta9-agent\n" for name in names) + f"node-{MINTED}\n"
+        assert logged(installed, "timer") == "" and not (installed.folder / OPT / "k3s-installer").exists()
+
+        done = installed.install(printed(*options, "--k3s-installer-sha256", digest))
+        assert done.stderr == "" and "beta9-agent: k3s is here already, and stays as it is\n" in done.stdout
+        assert logged(installed, "k3s-installer").splitlines() == called and [link.target for link in seen] == ["/"] * 2
+
+        done = installed.install(prints(action="--print-uninstall").stdout, **foreign)
+        assert done.stderr == "" and done.stdout.endswith("after its last keepalive\n")
+    kubeconfig, words, manifests, timers = logged(installed, "k3s").splitlines()[-1].split("|")
+    assert words == ("kubectl delete -n default --ignore-not-found --request-timeout=10s serviceaccount/beta9-gateway"
+                     " serviceaccount/beta9-agent role/beta9-gateway rolebinding/beta9-gateway clusterrole/beta9-agent"
+                     " clusterrolebinding/beta9-agent")
+    assert kubeconfig == "" and manifests.endswith("*.yaml"), "the file was gone by then, else it would bring all back"
+    assert timers.endswith(TIMER_UNIT) and leaks(logged(installed, "k3s"), MINTED, K3S, TOKEN) == []
+    left = [path for path in installed.tree() if "beta9" in path]
+    assert left == [] and (installed.folder / "local/bin/k3s").exists(), "k3s itself stays"
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_k3s_with_a_card_has_nvidias_runtime_before_k3s_and_its_plugin_once(certificates):
+    """k3s itself was not run."""
+    digest = hashlib.sha256(STANDIN_INSTALLER.encode()).hexdigest()
+    with contextlib.closing(Root(CARD, template())) as root, k3s_world(root, certificates) as seen:
+        script = printed(*K3S_WELL, "--k3s", "install")
+        plugin = root.folder / MANIFESTS / "nvidia-device-plugin.yaml"
+        root.program("apt-get", "#!/bin/sh\nexit 0\n")
+        pid = root.pid_of_ready()
+        done = root.install(script, 1)
+        assert "beta9-agent: the NVIDIA container toolkit is missing: install it\n" in done.stderr
+        assert root.pid_of_ready() == pid and logged(root, "k3s-installer") == "" and not plugin.exists()
+
+        root.program("apt-get", APT)
+        done = root.install(script)
+        assert done.stderr == "", done
+        told_in_order(done.stdout, "installing the NVIDIA container toolkit", "installing k3s by its own installer",
+                      f"running the installer with SHA-256 {digest}", "giving k3s NVIDIA's device plugin",
+                      "having k3s make the tokens of the gateway and the agent")
+        assert logged(root, "apt").splitlines() == [
+            "-qq update", "-qq -y -o DPkg::Lock::Timeout=300 install nvidia-container-toolkit"]
+        key = "/etc/apt/keyrings/nvidia-container-toolkit.asc"
+        assert (root.folder / key[1:]).read_text() == "KEY"
+        assert (root.folder / "etc/apt/sources.list.d/nvidia-container-toolkit.list").read_text() == (
+            f"deb [signed-by={key}] https://nvidia.github.io/libnvidia-container/stable/deb/$(ARCH) /\n")
+        called = logged(root, "k3s-installer").splitlines()
+        assert ("INSTALL_K3S_EXEC=server --disable traefik --disable servicelb --tls-san box --default-runtime nvidia"
+                in called and "INSTALL_K3S_VERSION=" in called)
+        assert plugin.read_text() == b9.K3S_DEVICE_PLUGIN and mode_of(plugin) == 0o644
+
+        asked = len(seen)
+        for by_chart in (False, True):
+            if by_chart:
+                plugin.unlink()
+                (root.folder / "var/log/daemonsets").write_text("daemonset.apps/nvdp-nvidia-device-plugin\n")
+            done = root.install(script)
+            assert done.stderr == "" and "NVIDIA" not in done.stdout and plugin.exists() is not by_chart
+        assert len(seen) == asked and logged(root, "k3s-installer").splitlines() == called
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_k3s_uninstall_with_the_api_away_names_what_revokes_and_goes_on(root, certificates):
+    """k3s itself was not run."""
+    with k3s_world(root, certificates):
+        root.run("cp", "/k3s", "/usr/local/bin/k3s")
+        assert root.install(printed(*K3S_WELL, "--k3s", "use")).stderr == ""
+    (root.folder / "var/log/k3s-away").touch()
+    done = root.install(prints(action="--print-uninstall").stdout, 1)
+    words = logged(root, "k3s").splitlines()[-1].split("|")[1].replace("--request-timeout=10s ", "")
+    assert words.startswith("kubectl delete ") and done.stderr == (
+        f"beta9-agent: k3s does not answer, so its tokens stay valid; revoke them by\nbeta9-agent: k3s {words}\n")
+    assert done.stdout.startswith("beta9-agent: gone")
+    assert [path for path in root.tree() if "beta9" in path] == [] and root.state()["pid"] == 0
+    assert root.run("ls", "/run/beta9-k3s").returncode != 0
+    assert root.install(prints(action="--print-uninstall").stdout).stderr == "", "again"
+
+
+@needs_root
+@pytest.mark.slow
+@beside
+def test_install_k3s_setting_that_the_service_refuses_takes_the_timer_out_again(installed, certificates):
+    before = installed.tree()
+    shutil.copy(certificates / "ca.pem", installed.folder / "home/ca.pem")     # of which the service sees nothing
+    script = printed(*K3S_WELL, "--k3s", "use", "--ca-file", str(certificates / "ca.pem"))
+    done = installed.install(script.replace(str(certificates / "ca.pem"), "/home/ca.pem"), 1)
+    assert "what was before is back" in done.stderr
+    tree = installed.tree()
+    assert {path for path in set(tree) - set(before) if "rancher" not in path} == {"home/ca.pem"}
+    assert not (installed.folder / MANIFESTS / "beta9-agent.yaml").exists()
+    assert ["-q", "disable", "--now", TIMER_UNIT] in [words for words, _ in installed.state()["seen"]]
+    assert installed.state()["enabled"] and installed.pid_of_ready()
+
+
+# The timer's script, and what its tokens may do, with a real Kubernetes API; k3s itself is not run
+class TokenTimer:
+    """Runs the script as it is, in a mount namespace where `k3s kubectl` is kubectl with an administrator's file."""
+
+    NAMES = {"ca.crt", "gateway-token", "gateway-token.renewal", "agent-token", "agent-token.renewal"}
+    SETUP = """
+        mount -t tmpfs -o mode=755 none /run
+        { cat /etc/group; echo beta9-agent:x:4242:; } >/run/group
+        mount --bind /run/group /etc/group
+        mkdir /run/beta9-k3s
+        mount -t tmpfs -o mode=750,gid=4242,size=64k none /run/beta9-k3s
+        mount -t tmpfs -o mode=755 none /usr/local/sbin
+        printf '#!/bin/sh\\nshift\\nKUBECONFIG=%s exec %s "$@"\\n' "$1" "$2" >/usr/local/sbin/k3s
+        chmod 755 /usr/local/sbin/k3s
+        echo up
+        exec sleep infinity"""
+
+    def __init__(self, kube, folder):
+        self.kube, self.config, self.script = kube, folder / "k3s.yaml", folder / "k3s-token"
+        self.script.write_text(b9.K3S_TOKEN)
+        self.script.chmod(0o755)
+        self.be_administrator_of(kube.url)
+        words = ["unshare", "--mount", "sh", "-euc", self.SETUP, "sh", self.config, kube.home / "bin/kubectl"]
+        self.holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert self.holder.stdout.readline() == "up\n"
+        self.folder = pathlib.Path(f"/proc/{self.holder.pid}/root/run/beta9-k3s")
+        kube.kubectl("apply -f -", b9.K3S_ACCOUNTS)
+
+    def be_administrator_of(self, url, **more):
+        config = json.loads(json.dumps(self.kube.config))
+        config["clusters"][0]["cluster"] |= {"server": url, **more}
+        self.config.write_text(json.dumps(config))
+
+    def start(self):
+        return subprocess.Popen(["nsenter", f"--mount=/proc/{self.holder.pid}/ns/mnt", "env", "-i", "-C", "/",
+                                 "PATH=/usr/bin:/bin", self.script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def run(self, code=0, said=""):
+        """Runs it; the seconds that it took."""
+        start, process = time.monotonic(), self.start()
+        output, errors = process.communicate(timeout=100)
+        assert (process.returncode, output) == (code, "") and re.fullmatch(said, errors), errors
+        return time.monotonic() - start
+
+    def files(self):
+        """Name -> what stands in the file, and which one it is."""
+        return {path.name: (path.read_text(), path.stat().st_ino) for path in self.folder.iterdir()}
+
+    def token(self, name="gateway-token"):
+        return (self.folder / name).read_text().strip()
+
+    def make_due(self):
+        for name in ("gateway", "agent"):
+            (self.folder / f"{name}-token.renewal").write_text("5\n")
+
+    def revoke(self):
+        """Has the gateway's account made anew; waits until the API takes its old token no more."""
+        old, base = self.token(), ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--noproxy", "*", "-K", "-",
+                                   "--cacert", self.kube.pki / "server-ca.crt", f"{self.kube.url}/version"]
+        self.kube.kubectl("delete serviceaccount beta9-gateway")
+        self.kube.kubectl("apply -f -", b9.K3S_ACCOUNTS)
+        wait(lambda: subprocess.run(base, input=f'header = "Authorization: Bearer {old}"', text=True,
+                                    capture_output=True, timeout=50).stdout == "401")
+
+    def close(self):
+        self.holder.kill()
+        self.holder.wait()
+        self.holder.stdout.close()
+
+
+def is_whole(token):
+    """Whether this is all of a signed token."""
+    head, claims, signature = (base64.urlsafe_b64decode(part + "==") for part in token.split("."))
+    return json.loads(head)["alg"] == "RS256" and len(signature) == 256 and json.loads(claims)["exp"] > time.time()
+
+
+@pytest.fixture
+def timer(kube, tmp_path):
+    kube.clean()
+    with contextlib.closing(TokenTimer(kube, tmp_path)) as timer:
+        yield timer
+
+
+class Account:
+    """What the API answers to the owner of a token."""
+
+    def __init__(self, kube, token):
+        url = urllib.parse.urlsplit(kube.url)
+        context = ssl.create_default_context(cafile=kube.pki / "server-ca.crt")
+        self.api, self.token = http.client.HTTPSConnection(url.hostname, url.port, context=context), token
+
+    def ask(self, method, path, body=None):
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        self.api.request(method, path, body and json.dumps(body), headers)
+        with self.api.getresponse() as answer:
+            return answer.status, json.load(answer)
+
+    def may(self, verb, group, resource, namespace):
+        resource, _, part = resource.partition("/")
+        asked = {"verb": verb, "group": group, "resource": resource, "subresource": part, "namespace": namespace}
+        status, answer = self.ask("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", {
+            "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": asked}})
+        assert status == 201
+        return answer["status"]["allowed"]
+
+
+VERBS = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecollection", "impersonate", "bind",
+         "escalate", "*")
+RESOURCES = [("", name) for name in (
+    "pods", "pods/log", "pods/exec", "pods/attach", "pods/portforward", "pods/ephemeralcontainers", "pods/eviction",
+    "secrets", "configmaps", "services", "services/proxy", "endpoints", "events", "nodes", "nodes/proxy",
+    "nodes/status", "namespaces", "serviceaccounts", "serviceaccounts/token", "persistentvolumes",
+    "persistentvolumeclaims", "replicationcontrollers", "users", "groups", "*")] + [
+    ("batch", name) for name in ("jobs", "jobs/status", "cronjobs", "*")] + [
+    ("rbac.authorization.k8s.io", name) for name in ("roles", "rolebindings", "clusterroles",
+                                                     "clusterrolebindings")] + [
+    ("apps", "deployments"), ("apps", "daemonsets"),
+    ("node.k8s.io", "runtimeclasses"), ("certificates.k8s.io", "certificatesigningrequests"),
+    ("admissionregistration.k8s.io", "mutatingwebhookconfigurations"), ("coordination.k8s.io", "leases"),
+    ("discovery.k8s.io", "endpointslices"), ("*", "*")]
+
+
+@pytest.mark.k3s
+def test_kube_accounts_apply_twice_and_their_tokens_may_do_this_and_no_more(kube, timer):
+    again = kube.kubectl("apply -f -", b9.K3S_ACCOUNTS).splitlines()
+    assert len(again) == 6 and all(line.endswith(" unchanged") for line in again)
+    timer.run()
+    places = "default", "kube-system", ""       # the last is all of them
+    for name, allowed in (
+            ("gateway-token", {(verb, "batch", "jobs", "default") for verb in ("list", "create", "delete")}
+             | {("list", "", "pods", "default")}),
+            ("agent-token", {(verb, group, resource, place) for verb in ("get", "list") for place in places
+                             for group, resource in (("", "nodes"), ("node.k8s.io", "runtimeclasses"))})):
+        account = Account(kube, timer.token(name))
+        found = {(verb, group, resource, place) for verb in VERBS for group, resource in RESOURCES for place in places
+                 if account.may(verb, group, resource, place)}
+        assert found == allowed, name
+    print(f"\n{len(VERBS) * len(RESOURCES) * len(places)} questions for each token")
+
+
+@pytest.mark.k3s
+def test_kube_tokens_do_the_calls_of_the_gateway_and_the_agent(kube, timer):
+    timer.run()
+    gateway, agent = (Account(kube, timer.token(name)) for name in ("gateway-token", "agent-token"))
+    jobs, pods = "/apis/batch/v1/namespaces/default/jobs", "/api/v1/namespaces/default/pods"
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "w1"}, "spec": {"template": {"spec": {
+        "restartPolicy": "OnFailure", "hostNetwork": True, "containers": [
+            {"name": "worker", "image": "x", "securityContext": {"privileged": True}}]}}}}
+    calls = [(gateway, "POST", jobs, 201), (gateway, "GET", jobs, 200), (gateway, "GET", pods, 200),
+             (gateway, "GET", f"{jobs}/w1", 403), (gateway, "PUT", f"{jobs}/w1", 403),
+             (gateway, "POST", jobs.replace("default", "kube-system"), 403), (gateway, "GET", "/api/v1/pods", 403),
+             (gateway, "GET", "/api/v1/namespaces/default/secrets", 403), (gateway, "GET", "/api/v1/nodes", 403),
+             (gateway, "POST", "/api/v1/namespaces/default/serviceaccounts/beta9-agent/token", 403),
+             (agent, "GET", "/api/v1/nodes?limit=20", 200), (agent, "GET", "/api/v1/nodes/box1", 200),
+             (agent, "GET", "/apis/node.k8s.io/v1/runtimeclasses/nvidia", 404), (agent, "POST", jobs, 403),
+             (agent, "DELETE", "/api/v1/nodes/box1", 403), (agent, "GET", pods, 403), (agent, "GET", jobs, 403),
+             (gateway, "DELETE", f"{jobs}/w1?propagationPolicy=Background", 200)]
+    for account, method, path, status in calls:
+        assert account.ask(method, path, job if method in ("POST", "PUT") else None)[0] == status, (method, path)
+
+
+@pytest.mark.k3s
+def test_kube_timer_makes_tokens_once_and_anew_when_refused_or_due(timer):
+    timer.run()
+    first, made = timer.files(), time.time()
+    assert set(first) == timer.NAMES and first["ca.crt"][0] == (timer.kube.pki / "server-ca.crt").read_text()
+    for path in timer.folder.iterdir():
+        status = path.stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (0, 4242, 0o640), path
+    for name, account in (("gateway-token", "beta9-gateway"), ("agent-token", "beta9-agent")):
+        claims = json.loads(base64.urlsafe_b64decode(first[name][0].split(".")[1] + "=="))
+        assert claims["sub"] == f"system:serviceaccount:default:{account}"
+        assert claims["exp"] - claims["iat"] == 2160 * 3600
+        assert abs(int(first[f"{name}.renewal"][0]) - made - 1440 * 3600) < 60, "a third of its life is left then"
+    before, cpu = timer.run(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    took, used = timer.run(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"\na run that finds all in order: {took:.2f} s, {before:.2f} s the time before,"
+          f" {used.ru_utime + used.ru_stime - cpu.ru_utime - cpu.ru_stime:.2f} s of CPU")
+    assert timer.files() == first, "again"
+    timer.revoke()
+    timer.run()
+    second = timer.files()
+    assert {name for name in second if second[name] != first[name]} == {"gateway-token", "gateway-token.renewal"}
+    (timer.folder / "agent-token.renewal").write_text(f"{int(time.time()) + 5}\n")
+    timer.run()
+    assert timer.files()["agent-token"] == second["agent-token"], "not yet due"
+    wait(lambda: time.time() > int(timer.token("agent-token.renewal")))
+    timer.run()
+    third = timer.files()
+    assert {name for name in third if third[name] != second[name]} == {"agent-token", "agent-token.renewal"}
+    (timer.folder / "gateway-token").unlink()
+    (timer.folder / "ca.crt").write_text("another\n")
+    timer.run()
+    assert timer.files()["ca.crt"][0] == first["ca.crt"][0] and set(timer.files()) == timer.NAMES
+    assert is_whole(timer.token())
+
+
+@pytest.mark.k3s
+def test_kube_timer_leaves_everything_while_k3s_is_away(timer):
+    (timer.config).rename(f"{timer.config}.away")
+    timer.run()
+    assert timer.files() == {}, "k3s was never up"
+    timer.be_administrator_of("https://127.0.0.1:9")
+    timer.run()
+    assert set(timer.files()) == {"ca.crt"}
+    timer.be_administrator_of(timer.kube.url)
+    timer.run()
+    before = timer.files()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        took = []
+        for url in ("https://127.0.0.1:9", f"https://127.0.0.1:{listener.getsockname()[1]}"):
+            timer.be_administrator_of(url)
+            took.append(timer.run())
+            assert timer.files() == before
+    print(f"\nAPI away: {took[0]:.2f} s, and {took[1]:.1f} s where it never answers, of 50 that systemd grants")
+    assert took[1] < 40
+    timer.be_administrator_of(timer.kube.url, **{"certificate-authority-data": ""})
+    timer.run()
+    timer.config.unlink()
+    timer.run()
+    assert timer.files() == before
+    inside = ["nsenter", f"--mount=/proc/{timer.holder.pid}/ns/mnt"]
+    subprocess.run([*inside, "umount", "/usr/local/sbin"], check=True)
+    timer.run()
+    assert timer.files() == before, "k3s itself is gone"
+
+
+@pytest.mark.k3s
+def test_kube_timer_says_so_once_where_k3s_has_no_such_account_yet(timer):
+    timer.kube.kubectl("delete serviceaccount beta9-gateway")
+    timer.run(said=re.escape("<4>k3s makes no token for beta9-gateway; trying again each minute:"
+                             " is it in 'k3s kubectl get sa'?\n"))
+    assert set(timer.files()) == timer.NAMES - {"gateway-token", "gateway-token.renewal"}
+
+
+@pytest.mark.k3s
+def test_kube_timer_on_a_full_disk_leaves_what_is_there_and_says_so_in_a_line(timer):
+    timer.run()
+    timer.make_due()
+    before = timer.files()
+    ballast = timer.folder / "ballast"
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    warning = "<4>/run/beta9-k3s/gateway-token cannot be written, and stays as it is: make room in /run\n"
+    timer.run(1, said=re.escape(warning))
+    ballast_gone = {name: each for name, each in timer.files().items() if name != "ballast"}
+    assert ballast_gone == before
+    for name, (text, _) in before.items():
+        if name.endswith(".renewal"):
+            (timer.folder / name).write_text(f"{int(time.time()) + 9999}\n")
+    timer.run(1, said=f"[^<]*{re.escape(warning)}")     # they cannot be tried either
+    ballast.unlink()
+    timer.make_due()
+    timer.run()
+    assert all(timer.token(name) != before[name][0].strip() for name in ("gateway-token", "agent-token"))
+
+
+@pytest.mark.k3s
+def test_kube_timer_killed_at_any_moment_leaves_whole_tokens_and_the_next_run_mends(timer):
+    timer.run()
+    timer.make_due()
+    whole = timer.run()
+    seen = set()
+    for number in range(60):
+        if number % 3:      # else they are tried, and in order
+            timer.make_due()
+        process = timer.start()
+        time.sleep(whole * number / 30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        files = timer.files()
+        seen.add((process.returncode, *sorted(name for name in files if name.endswith(".new"))))
+        for name in ("gateway-token", "agent-token"):
+            assert is_whole(files[name][0].strip()) and (timer.folder / name).stat().st_mode & 0o7777 == 0o640
+        assert files["ca.crt"][0] == (timer.kube.pki / "server-ca.crt").read_text()
+    print(f"\nkilled within {whole:.2f} s: {sorted(seen)}")
+    assert {code for code, *_ in seen} == {0, -9}
+    timer.run()
+    assert set(timer.files()) == timer.NAMES
+    for name in ("gateway-token", "agent-token"):
+        assert Account(timer.kube, timer.token(name)).ask("GET", "/version")[0] == 200
+
+
+@pytest.mark.k3s
+def test_kube_timer_shows_no_token_in_any_process(timer):
+    """With tokens that are in order, that are made, and that are refused."""
+    timer.run()
+    tokens, shown = [], set()
+    for prepare in (lambda: None, timer.make_due, timer.revoke):
+        tokens += [timer.token("gateway-token"), timer.token("agent-token")]
+        prepare()
+        process = timer.start()
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                parent = psutil.Process(process.pid)
+                for each in [parent, *parent.children(recursive=True)]:
+                    with contextlib.suppress(psutil.Error):
+                        shown.add(f"{' '.join(each.cmdline())} {each.environ()}")
+        assert process.returncode == 0 and process.communicate() == ("", "")
+    tokens += [timer.token("gateway-token"), timer.token("agent-token")]
+    text = "\n".join(shown)
+    assert " create token beta9-gateway " in text and "/try.new get --raw /version" in text, text
+    assert leaks(text, *tokens) == [] and len(set(tokens)) == 5
+
+
+@pytest.mark.k3s
+def test_kube_timer_takes_the_agent_to_a_full_offer_and_back_and_again(box, gateway, kube, timer):
+    """With the looks of every day, and the files of the script's settings."""
+    options = ["--k3s-wait", "--k3s-url", kube.url, "--machine-id", ID, "--hostname", "127.0.0.1",
+               "--k3s-token-file", str(timer.folder / "gateway-token"), "--k3s-ca-file", str(timer.folder / "ca.crt"),
+               "--k3s-node-token-file", str(timer.folder / "agent-token"), "--keepalive-interval", "60"]
+    process = box.ready(gateway, *options)
+    assert cpu_offered(gateway) == "0m"
+
+    def offered(cpu, token):
+        start = time.monotonic()
+        wait(lambda: (said := gateway.calls(REGISTER)[-1].json)["token"] == token and (said["cpu"] != "0m") is cpu,
+             process.log, limit=60)
+        return time.monotonic() - start
+
+    timer.run()
+    first = timer.token()
+    opened = offered(True, first)
+    timer.kube.kubectl("delete serviceaccount beta9-gateway")
+    closed = offered(False, first)
+    timer.kube.kubectl("apply -f -", b9.K3S_ACCOUNTS)
+    made = timer.run()
+    again = offered(True, timer.token())
+    print(f"\nall on offer {opened:.1f} s after the script's first run; 0m {closed:.1f} s after the account was"
+          f" deleted; the script {made:.2f} s, all on offer {again:.1f} s later")
+    assert timer.token() != first and leaks(process.log(), first, timer.token()) == []
+    assert stopped(process) == 0
 
 
 # ---- README's words on trust
