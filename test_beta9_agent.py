@@ -3360,10 +3360,11 @@ def test_k3s_files_that_come_later_are_waited_for_and_used_at_once(box, gateway,
         assert cpu_offered(gateway) == "0m" and k3s.heard == []
         shutil.copy(certificates / "ca.pem", ca)
         wait(lambda: cpu_offered(gateway) != "0m", process.log)
+        after = len(gateway.seen)
         token.write_text("another-" + K3S)
         wait(lambda: gateway.calls(REGISTER)[-1].json["token"] == "another-" + K3S, process.log)
         took = time.monotonic() - start
-        gateway.ready_again()
+        wait(lambda: gateway.ready(after), process.log)
         assert took < 40, "at its next keepalive each would have taken a minute"
         assert "INFO worker w is there, Running" in process.log()
         assert gateway.calls(KEEPALIVE)[-1].json["metrics"]["worker_count"] == 1
@@ -6320,8 +6321,11 @@ def mode_of(path):
 
 
 def stub(path, text="exit 0"):
+    """A program. Another process writes it: were it open here, a child that another thread forks then would hold
+    it open, and it could not be run ("Text file busy").
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
+    subprocess.run(["tee", path], input=f"#!/bin/sh\n{text}\n".encode(), stdout=subprocess.DEVNULL, check=True)
     path.chmod(0o755)
 
 
