@@ -908,6 +908,7 @@ def test_plan_offer_promises_what_workers_may_hold_and_lowers_it_only_when_they_
         assert offers(first(4), *samples)[1].promised == promised
     assert first(3, 4).promised == offers(first(3, 4), (9, 3))[1].promised == 4
     assert offers(first(3, 4), (10, 3))[1].promised == 3
+    assert b9.plan_offer(first(4), None, b9.K3sView("k3s", {}, 3), 60.0).promised == 3, "no worker is left"
 
 
 def test_plan_offer_reasons_have_their_remedy():
@@ -956,7 +957,7 @@ def test_belief_keeps_since_when_it_holds_and_the_age_of_each_worker():
     state = b9.believe(state, b9.K3sView("", {"a": b9.Worker("y", 8.0), "b": b9.Worker("x", 9.0)}), 20.0)
     assert state.since == 10.0 and state.view.workers == {"a": b9.Worker("y", 7.0), "b": b9.Worker("x", 9.0)}
     state = b9.believe(state, b9.K3sView("gone"), 30.0)
-    assert state.view == b9.K3sView("") and b9.believe(state, b9.K3sView("gone"), 40.0).since == 40.0
+    assert state.view == b9.K3sView("") and state.since == 10.0 and b9.believe(state, b9.K3sView("gone"), 40.0).since == 40.0
 
 
 def crew(names):
@@ -968,12 +969,16 @@ def crew(names):
     (4, 0, [("ab", 4), ("ab", 3), ("abx", 3), ("x", 3)], [(4, True), (3, False), (3, False), (3, True)]),
     (4, 0, [("ab", 4), ("ab", 3), (None, 3), ("", 3)], [(4, True), (3, False), (3, False), (3, True)]),
     (4, 0, [("ab", 4), ("ab", 3), ("ab", 4)], [(4, True), (3, False), (4, True)]),
+    (4, 0, [("ab", 4), ("ab", 3), ("ab", 4), (None, 3)], [(4, True), (3, False), (4, True), (4, True)]),
     (4, 0, [("ab", 4), ("ab", 3), ("b", 2), ("", 2)], [(4, True), (3, False), (2, False), (2, True)]),
+    (4, 0, [("ab", 4), ("ab", 3), ("abx", 2), ("x", 2), ("", 2)],
+     [(4, True), (3, False), (2, False), (2, False), (2, True)]),
     (4, 0, [("", 4), ("", 3)], [(4, True), (3, True)]),
     (4, 0, [(None, 4), (None, 3), ("ab", 3), ("", 3)], [(4, True), (4, True), (3, False), (3, True)]),
     (3, 4, [(None, None), ("ab", None), ("b", None), ("", None)], [(3, False)] * 3 + [(3, True)]),
     (3, 4, [("", None)], [(3, True)]), (4, 0, [("a", 8)], [(4, True)])],
-    ids=["four-of-them", "a-new-one-holds-none", "unknown-meanwhile", "back", "one-more-lost", "no-worker",
+    ids=["four-of-them", "a-new-one-holds-none", "unknown-meanwhile", "back", "back-and-lost-again", "one-more-lost",
+         "one-more-lost-that-a-new-one-may-hold", "no-worker",
          "known-later", "fewer-at-the-start", "none-at-the-start", "more-than-nvml"])
 def test_plan_offer_after_a_loss_waits_for_the_workers_that_ran_then(gpus, promised, views, expected):
     plan, seen = first(gpus, promised), []
@@ -984,10 +989,18 @@ def test_plan_offer_after_a_loss_waits_for_the_workers_that_ran_then(gpus, promi
     assert seen == expected
 
 
+def test_plan_offer_waits_for_known_workers_beyond_the_ten_minutes_of_unknown_ones():
+    plan = first(3, 4)
+    for minute, names, cpu in ((1, "ab", 0), (11, "ab", 0), (60, "b", 0), (61, "", FULL[0])):
+        plan = b9.plan_offer(plan, None, b9.K3sView("", crew(names)), 60.0 * minute)
+        assert plan.offer == b9.Offer(cpu, FULL[1], 3)
+
+
 def test_plan_offer_says_what_is_missing_where_k3s_has_fewer_gpus_than_nvml():
     plan = b9.plan_offer(first(4), None, b9.K3sView("", {}, 0), 60.0)
     assert plan.offer == b9.Offer(*FULL, 0) and plan.reason.startswith("k3s has 0 of 4 GPUs for workers")
     assert "device plugin" in plan.reason and "nvidia-container-runtime" in plan.reason
+    assert b9.plan_offer(first(4), None, b9.K3sView("", {}, 4), 60.0).reason == ""
     plan = b9.plan_offer(first(4), None, b9.K3sView("", crew("ab"), 3), 60.0)
     assert "1 of 4 GPUs are lost: no work is taken until the workers" in plan.reason and "k3s has 3" in plan.reason
 
@@ -2851,6 +2864,8 @@ def test_alarm_cut_by_a_stop_ends_a_request_within_a_second(alarm, left, cut):
         assert timer <= 1 if cut else 0.3 < timer <= 0.5
     with alarm.guarding(b9.OutgoingRequest(10, None)):  # and those to come
         assert signal.getitimer(signal.ITIMER_REAL)[0] <= 1
+    alarm.end_requests_by(b9.read_clock() + 0.5)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0), "no request is left that it could cut"
 
 
 def test_stop_deadlines_add_up_to_less_than_2_s():
@@ -2890,6 +2905,16 @@ def test_connect_goes_on_to_the_next_address_with_a_share_of_the_time(gateway, m
         agent = agent_of(gateway.port)
         assert send(agent, REGISTER, 2).kind is OK
         agent.client.http.close()
+
+
+def test_connect_to_the_first_of_several_addresses_leaves_tls_all_the_time(gateway, monkeypatch):
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **more: real(*asked, **more) * 2)
+    client = b9.HttpClient(f"http://127.0.0.1:{gateway.port}", None)
+    client.request = b9.OutgoingRequest(60, None)
+    with client.connect("127.0.0.1", gateway.port) as sock:
+        assert 30 < sock.gettimeout() <= 60
+    client.close()
 
 
 def test_ca_file_that_vanished_is_named(certificates, tmp_path):
@@ -3285,6 +3310,73 @@ def test_k3s_client_without_a_root_certificate_asks_nothing(certificates, option
         with pytest.raises(b9.AgentError, match="root certificate of k3s is not at"):
             client.ask("GET", "/", b9.Secret(K3S))
         assert k3s.heard == []
+        assert options == [] or client.look().fault.startswith(
+            "k3s cannot be used, the root certificate of k3s is not at /nowhere/ca.crt, so no worker can run here")
+
+
+@pytest.fixture
+def k3s(certificates):
+    """A k3s whose gateway token may do all that it has to, with one worker; its node has two GPUs."""
+    there = {"selfsubjectrulesreviews": ruled(RULES), "pods": (200, table(("w", "Running", "1s"))),
+             "nodes": (200, {"items": [node("other"), node(socket.gethostname().lower(), allocatable={
+                 "nvidia.com/gpu": "2"})]})}
+    with contextlib.closing(TlsGateway(tls_with(certificates, "good"))) as k3s:
+        k3s.always = lambda link: says(*there[link.call])(link)
+        k3s.options = k3s_options(k3s.port, "--k3s-ca-file", str(certificates / "ca.pem"))
+        yield k3s
+
+
+def test_k3s_client_asks_for_the_node_with_the_token_for_it_alone(k3s, tmp_path):
+    (tmp_path / "node-token").write_text("Nd0123456789abcdefghi")
+    client = b9.K3sClient(config_of(*k3s.options, "--k3s-node-token-file", str(tmp_path / "node-token")), ID)
+    view = client.look()
+    assert (view.fault, list(view.workers), view.gpu_count) == ("", ["w"], 2)
+    assert [(link.call, bearer(link)) for link in k3s.seen] == [
+        ("selfsubjectrulesreviews", K3S), ("pods", K3S), ("nodes", "Nd0123456789abcdefghi")]
+    client.close()
+    client = b9.K3sClient(config_of(*k3s.options), ID)
+    assert client.look().gpu_count is None and len(k3s.calls("nodes")) == 1, "nor with another one"
+    client.close()
+
+
+def test_k3s_client_looks_once_in_a_period(k3s):
+    client = b9.K3sClient(config_of(*k3s.options), ID)
+    assert wait(lambda: client.poll(3600, 0.1)).fault == ""
+    asked = len(k3s.seen)
+    assert client.poll(3600, 0.3) is None and len(k3s.seen) == asked
+    client.due = 0.0        # an hour later
+    assert wait(lambda: client.poll(3600, 0.1)).fault == "" and len(k3s.seen) == 2 * asked
+    client.close()
+
+
+@pytest.mark.parametrize("ended", ["late", "closed"])
+def test_k3s_client_hangs_up_on_a_look_that_is_late_or_of_no_use_any_more(k3s, ended):
+    """The answer never ends by itself: that there is a view shows that it was cut."""
+    client = b9.K3sClient(config_of(*k3s.options), ID)
+    k3s.always = drips(HEAD, b"X: y\r\n")
+    assert client.poll(3600, 0.1) is None
+    wait(lambda: k3s.seen)
+    if ended == "closed":
+        client.close()
+    else:
+        client.late_at = 0.0
+    assert "no complete answer in time" in wait(lambda: client.poll(3600, 0.1)).fault
+
+
+def test_k3s_files_that_change_have_it_looked_at_anew_and_nothing_before_counts(k3s, tmp_path):
+    token = tmp_path / "k3s-token"
+    token.write_text(K3S)
+    agent = agent_of(1994, *k3s.options[2:], "--k3s-token-file", str(token))
+    agent.state = b9.State(ID, str(tmp_path / ID))
+    wait(lambda: agent.look_around() or agent.k3s.last)
+    assert json.loads((tmp_path / f"{ID}.status.json").read_text())["k3s"]["state"] == "usable"
+    agent.k3s = b9.believe(agent.k3s, b9.K3sView("the old token is refused"), b9.read_clock())
+    token.write_text("another-" + K3S)
+    agent.files_due = 0.0
+    agent.look_at_files()
+    assert b9.believe(agent.k3s, b9.K3sView("k3s restarts"), 0.0).view.fault == "", "the first of two"
+    assert wait(lambda: agent.look_at_k3s(0.1)) and bearer(k3s.seen[-1]) == "another-" + K3S
+    agent.k3s_client.close()
 
 
 def test_k3s_offer_always_turns_the_gate_off_and_nothing_else(gateway):
@@ -3361,10 +3453,17 @@ def test_k3s_files_that_come_later_are_waited_for_and_used_at_once(box, gateway,
         assert cpu_offered(gateway) == "0m" and k3s.heard == []
         shutil.copy(certificates / "ca.pem", ca)
         wait(lambda: cpu_offered(gateway) != "0m", process.log)
+        after = len(gateway.seen)
         token.write_text("another-" + K3S)
         wait(lambda: gateway.calls(REGISTER)[-1].json["token"] == "another-" + K3S, process.log)
+<<<<<<< HEAD
         assert time.monotonic() - start < 40, "at its next keepalive each would have taken a minute"
         wait(lambda: gateway.calls(KEEPALIVE)[-1].json["metrics"].get("worker_count") == 1, process.log)
+=======
+        took = time.monotonic() - start
+        wait(lambda: gateway.ready(after), process.log)
+        assert took < 40, "at its next keepalive each would have taken a minute"
+>>>>>>> wip-mut
         assert "INFO worker w is there, Running" in process.log()
         assert leaks(process.log(), K3S) == [] and "no token in" not in process.log()
         stopped(process)
@@ -3921,6 +4020,65 @@ def test_ssh_that_fails_is_started_again_no_later_than_startup_timeout(tmp_path,
         assert tunnel.start_at == agent.started_at + 5 and agent.lease.due >= now + 15
 
 
+@pytest.fixture
+def tunnel(tmp_path):
+    """One whose ssh is a program that says two lines, has a child, and does nothing else."""
+    stub(tmp_path / "ssh", f"echo one; sleep 300 & echo $! >{tmp_path}/child; echo two; wait")
+    tunnel = b9.Tunnel(config_of("--ssh", "gw"), b9.State(ID, str(tmp_path / ID)))
+    tunnel.program = str(tmp_path / "ssh")
+    yield tunnel
+    tunnel.close()
+
+
+LATE = b9.Outcome(TROUBLE, "no complete answer")
+
+
+def test_tunnel_is_stuck_after_two_time_outs_in_a_row_and_no_sooner(tunnel):
+    for _ in range(2):      # the second ssh begins at none
+        tunnel.start(1000.0)
+        tunnel.up_since = 1000.0
+        for outcome, timed_out in ((LATE, True), (b9.Outcome(OK), False), (LATE, True), (LATE, False), (LATE, True)):
+            assert tunnel.judge(outcome, timed_out, 1001.0) == outcome and tunnel.carries()
+        assert "is stuck, as two requests in a row" in tunnel.judge(LATE, True, 1001.0).text and not tunnel.process
+
+
+def test_tunnel_pauses_longer_after_each_failure_until_a_request_came_through(tunnel):
+    for least, most in ((1, 2), (2, 4), (4, 8)):
+        tunnel.fail("ended", 1000.0)
+        assert least <= tunnel.start_at - 1000.0 <= most
+    assert tunnel.tend(tunnel.start_at - 0.01) is None and tunnel.process is None
+    assert tunnel.tend(tunnel.start_at) is None and tunnel.process.poll() is None
+    assert tunnel.judge(b9.Outcome(OK), False, 1010.0).kind is OK
+    tunnel.fail("ended", 1010.0)
+    assert 1 <= tunnel.start_at - 1010.0 <= 2
+
+
+def test_tunnel_that_is_not_let_in_is_given_up_after_its_deadline(tunnel):
+    tunnel.start(1000.0)
+    assert tunnel.tend(1000.0 + tunnel.deadline) is None
+    outcome = tunnel.tend(1000.1 + tunnel.deadline)
+    assert outcome.kind is TROUBLE and not tunnel.carries() and tunnel.process is None
+
+
+def test_tunnel_keeps_what_ssh_said_within_reason_and_ends_it_with_its_children(tunnel, tmp_path):
+    tunnel.start(1000.0)
+    wait(lambda: tunnel.listen() or tunnel.said == "one\ntwo\n")
+    child = psutil.Process(int((tmp_path / "child").read_text()))
+    tunnel.stop()
+    wait(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    tunnel.program = str(tmp_path / "talks")
+    stub(tmp_path / "talks", "yes | head -c 60000; echo the end")
+    tunnel.start(1000.0)
+    wait(lambda: tunnel.listen() or tunnel.said.endswith("the end\n"))
+    assert len(tunnel.said) <= 4000
+
+
+@pytest.mark.parametrize("mode, good", [(0o700, True), (0o755, True), (0o775, False), (0o757, False)])
+def test_tunnel_socket_is_put_where_nobody_else_may_write(tmp_path, mode, good):
+    tmp_path.chmod(mode)
+    assert b9.can_hold_socket(f"{tmp_path}/ssh") is good
+
+
 @pytest.mark.parametrize("running", [False, True], ids=["alone", "beside-the-agent"])
 @beside
 def test_ssh_check_has_lines_for_it_and_leaves_no_ssh(box, gateway, ssh_host, running):
@@ -4358,6 +4516,38 @@ def test_registration_after_the_ttl_says_its_cause(gateway, stop, log_lines):
     agent.client.http.close()
 
 
+def test_register_again_is_at_once_and_while_the_gateway_is_away_with_the_next_attempt(gateway):
+    agent = agent_of(gateway.port)
+    for failing_since, at_once in ((None, True), (agent.started_at, False)):
+        lease = agent.lease = b9.Lease(agent.started_at + 3600, registered=True, failing_since=failing_since)
+        agent.register_again("the k3s token has changed")
+        assert not agent.lease.registered and agent.cause == "the k3s token has changed"
+        assert (agent.lease.due <= b9.read_clock()) is at_once and (agent.lease.due == lease.due) is not at_once
+
+
+def test_offer_that_changes_is_registered_again_where_the_machine_is_known_and_its_reason_told_once(gateway, log_lines):
+    agent = agent_of(gateway.port, "--k3s-token", K3S)
+    lease, before = agent.lease, agent.plan.offer
+    agent.k3s = b9.K3sState(b9.K3sView())
+    agent.plan_again(None)
+    assert agent.plan.offer != before and (agent.lease, agent.cause) == (lease, ""), "the first one is still to come"
+    agent.lease = lease._replace(registered=True)
+    agent.k3s = b9.K3sState(b9.K3sView("k3s is down: start it"))
+    for _ in range(3):
+        agent.plan_again(None)
+    assert not agent.lease.registered and agent.cause.startswith("the offer was ")
+    assert agent.cause.endswith(b9.format_offer(before)) and log_lines.count("k3s is down: start it") == 1
+
+
+def test_promise_is_kept_of_an_offer_with_cpu_alone(gateway, tmp_path):
+    agent = agent_of(gateway.port)
+    agent.state = b9.State(ID, str(tmp_path / ID))
+    for cpu, promised in ((0, 0), (8000, 3), (0, 3)):
+        agent.plan = agent.plan._replace(offer=b9.Offer(cpu, 1024, 3 if cpu else 2))
+        agent.prepare_registration()
+        assert b9.read_promise(agent.state) == promised
+
+
 def test_trouble_counts_those_of_the_present_outage():
     trouble = b9.Trouble()
     for now in (0, 10, 20):
@@ -4774,6 +4964,14 @@ def test_stop_while_a_request_hangs_cuts_it(box, gateway, calls):
     start = time.monotonic()
     assert stopped(process) == 0 and time.monotonic() - start < 7  # it would hang for 10 s
     assert [link.call for link in gateway.seen] == calls  # it never was ready
+
+
+@beside
+def test_stop_while_a_request_hangs_is_no_failure_of_it(box, gateway):
+    gateway.always = silent
+    process = box.start(gateway, "--once")
+    wait(lambda: gateway.seen, process.log)
+    assert stopped(process) == 0 and "giving up" not in process.log()
 
 
 @beside
@@ -6326,8 +6524,11 @@ def mode_of(path):
 
 
 def stub(path, text="exit 0"):
+    """A program. Another process writes it: were it open here, a child that another thread forks then would hold
+    it open, and it could not be run ("Text file busy").
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
+    subprocess.run(["tee", path], input=f"#!/bin/sh\n{text}\n".encode(), stdout=subprocess.DEVNULL, check=True)
     path.chmod(0o755)
 
 
