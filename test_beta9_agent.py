@@ -7511,7 +7511,8 @@ class TokenTimer:
         mkdir /run/beta9-k3s
         mount -t tmpfs -o mode=750,gid=4242,size=64k none /run/beta9-k3s
         mount -t tmpfs -o mode=755 none /usr/local/sbin
-        printf '#!/bin/sh\\nshift\\nKUBECONFIG=%s exec %s "$@"\\n' "$1" "$2" >/usr/local/sbin/k3s
+        printf '#!/bin/sh\\nshift\\nsleep ${PAUSE:-0}\\nKUBECONFIG=%s exec %s "$@"\\n' "$1" "$2" \\
+            >/usr/local/sbin/k3s
         chmod 755 /usr/local/sbin/k3s
         echo up
         exec sleep infinity"""
@@ -7532,10 +7533,11 @@ class TokenTimer:
         config["clusters"][0]["cluster"] |= {"server": url, **more}
         self.config.write_text(json.dumps(config))
 
-    def start(self):
-        return subprocess.Popen(["nsenter", f"--mount=/proc/{self.holder.pid}/ns/mnt", "env", "-i", "-C", "/",
-                                 "PATH=/usr/bin:/bin", self.script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, start_new_session=True)
+    def start(self, *variables):
+        words = ["nsenter", f"--mount=/proc/{self.holder.pid}/ns/mnt", "env", "-i", "-C", "/", "PATH=/usr/bin:/bin",
+                 *variables, self.script]
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, start_new_session=True)
 
     def run(self, code=0, said=""):
         """Runs it; the seconds that it took."""
@@ -7785,7 +7787,7 @@ def test_kube_timer_shows_no_token_in_any_process(timer):
     for prepare in (lambda: None, timer.make_due, timer.revoke):
         tokens += [timer.token("gateway-token"), timer.token("agent-token")]
         prepare()
-        process = timer.start()
+        process = timer.start("PAUSE=0.5")      # each call of k3s lasts long enough to be seen
         while process.poll() is None:
             with contextlib.suppress(psutil.Error):
                 parent = psutil.Process(process.pid)
