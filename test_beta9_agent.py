@@ -2855,10 +2855,12 @@ def test_alarm_rings_again_and_again_and_not_after_the_request(alarm):
 
 
 def test_alarm_hangs_up_a_connection_that_came_after_it_rang(alarm):
-    with socket.socketpair()[0] as one:
+    one, two = socket.socketpair()
+    with one, two:      # kept open: its end would be an end of its own
         request = b9.OutgoingRequest(10, None)
         request.hang_up()
         request.hold(one)
+        one.settimeout(10)
         assert one.recv(1) == b""
         request.let_go()
 
