@@ -13,18 +13,19 @@ the desk, what a person calls by hand. A function calls only what stands above i
                                     ^-- forgotten, or changed --'         (takes no new work)
 
 Connects to  the gateway you name, or the proxy that the environment names for it: POST
-             /api/v1/machine/register and /api/v1/machine/keepalive; your DNS, for its name;
-             with --ssh the gateway through ssh alone.
-             This machine's k3s, at --k3s-url and through no proxy: with --k3s-ca-file what it lets
-             the gateway do, its worker pods, its node; else a TLS handshake, without any token.
-             --check: what the gateway's configuration names for workers, too
-Listens      nowhere (--dev: on 127.0.0.1; --ssh: ssh, on a Unix socket that is this user's)
+             /api/v1/machine/register (with the k3s token) and /api/v1/machine/keepalive; your
+             DNS, for its name; with --ssh the gateway through ssh alone.
+             This machine's k3s, at --k3s-url and through no proxy: with --k3s-ca-file for the
+             gateway's rights there, worker pods and the node; else for a TLS handshake, without
+             any token. --check also --hostname, and what the gateway names for workers
+Listens      nowhere (--dev: on 127.0.0.1; --ssh: ssh, on a Unix socket that is this user's;
+             --ssh-reverse: the other host, on a port that leads to this machine's k3s)
 Reads        the files you name, its state folder, /etc/machine-id, the hardware through psutil
              and NVML; ssh reads its own configuration and keys
 Writes       its state folder (with --ssh a socket, there or in /tmp), log lines to standard error
              and systemd, answers to standard output
-Starts       no other program; with --ssh the system's ssh, through setpriv where it is there, and
-             ssh-keygen for --print-install
+Starts       no other program; with --ssh the system's ssh, which does what its own configuration
+             says besides, through setpriv where it is there, and ssh-keygen for --print-install
 Exits        0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway out of reach,
              75 already running, 77 token refused, 78 machine refused
 """
@@ -70,6 +71,7 @@ STOP_DEADLINE = 1.0             # seconds that a stop leaves to a request in fli
 LEAVE_DEADLINE = 1.8            # seconds from the stop to the end of the last request
 DENIED_PATIENCE = 60.0          # seconds: a 401 can be trouble of the gateway's database
 WORKER_PATIENCE = 600.0         # seconds: idle workers end after 300
+LOSS_PATIENCE = 30.0            # seconds: a registration without CPU, and a look at k3s after it
 QUIET = 600.0                   # seconds between lines about the same thing
 TUNNEL_DEADLINE = 25.0          # seconds that ssh may take until it carries
 CHECK_DEADLINE = 14.0           # seconds, for all of --check
@@ -207,7 +209,7 @@ class K3sState(NamedTuple):
     view: K3sView
     last: K3sView | None = None             # of the last look
     seen: bool = False                      # usable at least once
-    since: float = 0.0                      # that it is usable, or is not
+    since: float = 0.0                      # when it became usable, or unusable
 
 
 class OfferPlan(NamedTuple):
@@ -222,7 +224,7 @@ class OfferPlan(NamedTuple):
     sample: Offer                           # the last one
     promised: int = 0                       # GPUs of the last offer with CPU: workers may hold them
     held_until: float | None = None         # no CPU is offered before
-    holders: frozenset[str] | None = None   # workers that may hold a lost GPU; no CPU while one is
+    lost_at: float | None = None            # GPUs, with the workers known that may hold them
     reason: str = ""                        # why not all is offered, with the remedy
 
 
@@ -421,7 +423,8 @@ SSH_WORDS = (
      " authorized_keys of {user} there, and the key be without passphrase"),
     ("remote port forwarding failed", "Port {config.ssh_reverse} there is taken, or not in"
      " permitlisten in authorized_keys. Check --ssh-reverse"),
-    ("prohibited", "permitopen in authorized_keys there must say {config.ssh_gateway}"),
+    ("administratively prohibited",
+     "permitopen in authorized_keys there must say {config.ssh_gateway}"),
     ("open failed", "Is the gateway at {config.ssh_gateway}, seen from there? Check --ssh-gateway"),
     ("", "Check --ssh, and that sshd is up there: `ssh -v` says more"),
 )
@@ -481,13 +484,13 @@ def deadline_of(call: str, lease: Lease, config: Config) -> float:
 def lease_after_success(lease: Lease, call: str, now: float, interval: float, draw: Draw) -> Lease:
     """The lease after a confirmed call."""
     if call == REGISTER:    # kept alive at once: a machine that is just registered takes no work
-        # The first registration is no repetition.
+        # Only a later registration counts as another one.
         again = lease.reregistered_at if lease.confirmed_at is None else now
         return lease._replace(due=now, registered=True, kept=False, confirmed_at=now,
                               denied_since=None, reregistered_at=again)
     # The first pause is random, so that machines started together spread out.
     pause = interval * (draw(0.9, 1.1) if lease.kept else draw(0.1, 1.0))
-    overdue = lease.due + pause <= now      # after a suspend: sent once
+    overdue = lease.due + pause <= now      # after a suspend: what was missed is not made up
     return lease._replace(due=(now if overdue else lease.due) + pause, kept=True, confirmed_at=now,
                           failing_since=None, denied_since=None)
 
@@ -643,8 +646,8 @@ def count_node_gpus(node: Mapping[str, Any]) -> int | None:
 
 
 def believe(state: K3sState, look: K3sView, now: float) -> K3sState:
-    """What is believed after one more look. Usable or not, and the GPUs, change once two looks in a
-    row agree, as k3s and its device plugin restart; the first good look is believed at once.
+    """What is believed after one more look. Usability and GPU count change after two equal looks in
+    a row, as k3s and its device plugin restart; the first good look is believed at once.
     """
     view, last = state.view, state.last
     usable = look.fault == ""
@@ -670,15 +673,17 @@ def plan_after_loss(plan: OfferPlan, offer: Offer, workers: Mapping[str, Worker]
     """What to offer where there are fewer GPUs than workers may hold."""
     gpus, promised = offer.gpu_count or 0, plan.promised
     lost = f"{promised - gpus} of {promised} GPUs are lost"
-    one_more = gpus < (plan.offer.gpu_count or 0)
+    fewer = gpus < (plan.offer.gpu_count or 0)
     if workers is not None:
-        before = frozenset(workers) if plan.holders is None or one_more else plan.holders
-        plan = plan._replace(holders=before & frozenset(workers), held_until=None)
-        if not plan.holders:
-            return plan._replace(offer=offer, promised=gpus, holders=None)
-    if plan.holders:
-        reason = (f"{lost}: no work is taken until the workers that may hold them have ended,"
-                  f" {len(plan.holders)} now: look at `nvidia-smi`; `beta9 machine drain` helps")
+        lost_at = now if plan.lost_at is None or fewer else plan.lost_at
+        plan = plan._replace(lost_at=lost_at, held_until=None)
+        # One may have been placed until the gateway knew that there is no CPU any more.
+        if not workers and now - lost_at >= LOSS_PATIENCE:
+            return plan._replace(offer=offer, promised=gpus, lost_at=None, reason="")
+    if plan.lost_at is not None:
+        count = "unknown" if workers is None else len(workers)
+        reason = (f"{lost}: no work is taken until the workers that may hold them have ended (now:"
+                  f" {count}): look at `nvidia-smi`; `beta9 machine drain` helps")
     elif plan.held_until is None:       # lost while workers may run
         reason = (f"{lost}, but stay registered, as the"
                   " gateway cannot take them back from workers: look at `nvidia-smi`, then"
@@ -687,7 +692,7 @@ def plan_after_loss(plan: OfferPlan, offer: Offer, workers: Mapping[str, Worker]
     else:
         reason = (f"{gpus} GPUs are offered where {promised} were before the start: no work is"
                   f" taken for {WORKER_PATIENCE / 60:.0f} minutes, in which idle workers end")
-        if one_more:        # workers get the time anew
+        if fewer:           # workers get the time anew
             plan = plan._replace(held_until=now + WORKER_PATIENCE)
     return plan._replace(offer=offer._replace(cpu=0), reason=reason)
 
@@ -712,12 +717,13 @@ def plan_offer(plan: OfferPlan, sample: Offer | None, k3s: K3sView, now: float) 
                     f" {TRY_PLUGIN}")
         gpus = k3s.gpu_count
     offer = Offer(cpu, memory, gpus)
-    if plan.held_until is not None and now >= plan.held_until:      # idle workers have ended
+    waited = plan.held_until is not None and now >= plan.held_until
+    if waited and k3s.workers is None and not k3s.fault:    # idle workers have ended
         plan = plan._replace(promised=gpus)
     if gpus < plan.promised:
         plan = plan_after_loss(plan, offer, k3s.workers, now)
     else:
-        plan = plan._replace(offer=offer, held_until=None, holders=None, reason="")
+        plan = plan._replace(offer=offer, held_until=None, lost_at=None, reason="")
     if k3s.fault:
         return plan._replace(offer=plan.offer._replace(cpu=0), reason=k3s.fault)
     if (plan.offer.cpu or 0) > 0:
@@ -756,7 +762,7 @@ class LineBudget:
         return True
 
     def rest(self) -> None:
-        """After a line that goes beyond the budget: the next one comes later."""
+        """After a line that was written outside the budget: the next one comes later."""
         self.next_time += 2 * self.quiet
 
 
@@ -822,8 +828,8 @@ def keepalive_payload(config: Config, machine_id: str, metrics: Metrics) -> dict
 # Of two that name the same, ssh takes the first. LogLevel, as its words are needed.
 SSH_OPTIONS = ("BatchMode=yes", "ExitOnForwardFailure=yes", "ServerAliveInterval=15",
                "ServerAliveCountMax=3", "ConnectTimeout=10", "ControlMaster=no", "ControlPath=none",
-               "ForwardAgent=no", "ForwardX11=no", "StreamLocalBindMask=0177",
-               "StreamLocalBindUnlink=yes", "LogLevel=INFO")
+               "ForwardAgent=no", "ForwardX11=no", "UpdateHostKeys=no", "PermitLocalCommand=no",
+               "StreamLocalBindMask=0177", "StreamLocalBindUnlink=yes", "LogLevel=INFO")
 
 
 def ssh_arguments(config: Config, path: str) -> list[str]:
@@ -1078,7 +1084,7 @@ OPTIONS = [
     Option("identity", "provider_name", "NAME", parse_name, "provider of the pool", "generic"),
     Option("identity", "hostname", "HOST", parse_host,
            "host or IP by which the gateway reaches this machine's k3s"),
-    # In this order: it says what is made of a file that is not there.
+    # First, as the files below are judged by it.
     Option("k3s", "k3s_wait", "", parse_switch,
            "take files that are missing below for a k3s that is not there yet", "no"),
     Option("k3s", "k3s_token", "TOKEN", parse_token,
@@ -1373,7 +1379,7 @@ def lead_through_ssh(config: Config, settings: Mapping[str, Setting]) -> None:
                                    " out, and give --ssh-gateway, the gateway as seen from there")
         config.sources[name] = "--ssh-gateway"
     _, config.gateway_host, port = split_place(config.ssh_gateway)
-    config.gateway_port, config.gateway_socket = int(port), os.devnull      # until ssh has one
+    config.gateway_port, config.gateway_socket = int(port), os.devnull      # until ssh is up
 
 
 def wait_for_file(config: Config, option: Option, setting: Setting) -> None:
@@ -1469,7 +1475,7 @@ class BackgroundQuery:
         self.was_late = False
 
     def start(self, question: Callable[[], Any]) -> None:
-        """Asks, unless the question before is open, or nobody has taken its answer."""
+        """Asks, unless a question is open or an answer waits to be taken."""
         if self.answers or not self.done.is_set():
             return
         done = threading.Event()
@@ -1700,9 +1706,10 @@ class OutgoingRequest:
     def hang_up(self) -> None:
         """Ends the request, from a signal handler or another thread."""
         self.timed_out = True
-        if self.connection is not None:
+        connection = self.connection    # which the request's own thread may let go meanwhile
+        if connection is not None:
             with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class Alarm:
@@ -2316,15 +2323,16 @@ def write_promise(state: State, offer: Offer) -> None:
 def start_child(words: list[str]) -> Any:
     """Starts a program in a session of its own; all that it says comes through one pipe.
 
-    Our tokens are not in the environment. Linux ends it together with the thread that started it,
-    so that has to be the main one. Raises OSError.
+    Our tokens are not in the environment. Linux ends it with the thread that started it, so call
+    this in the main one. Raises OSError.
     """
     import shutil
     import subprocess
     setpriv = shutil.which("setpriv") or ""
     if setpriv and "busybox" not in os.path.realpath(setpriv):      # which cannot do this
         words = [setpriv, "--pdeathsig", "TERM", *words]
-    environ = {**os.environ, "SHELL": "/bin/sh"}    # for ProxyJump; a service's may be nologin
+    environ = {name: text for name, text in os.environ.items() if not name.startswith("BETA9_")}
+    environ["SHELL"] = "/bin/sh"    # for ProxyJump; a service's may be nologin
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, start_new_session=True, env=environ)
 
@@ -2672,8 +2680,9 @@ class Agent:
                 "state": words, "since": self.k3s.since,
                 "token_valid_until": parse_expiry(token.reveal()) if token else None,
                 "gpu_count": view.gpu_count,
-                "workers": None if view.workers is None else [
-                    {"name": name, **worker._asdict()} for name, worker in view.workers.items()]}
+                "worker_count": None if view.workers is None else len(view.workers),
+                "workers": [{"name": name, **worker._asdict()}
+                            for name, worker in list((view.workers or {}).items())[:100]]}
 
     def write_status(self, state: str) -> None:
         """Writes the record that --status shows, where the disk has room for it."""
@@ -3178,9 +3187,9 @@ def draw_k3s(status: Status, room: int) -> list[str]:
     """What is known of k3s and its workers, in at most `room` lines."""
     k3s = Status(status.record.get("k3s"), status.now)
     expiry = format_date(number_in(k3s.record, "token_valid_until"))
-    entries = k3s.record.get("workers")
-    workers = [Status(entry, status.now) for entry in as_list(entries)]
-    known = "unknown" if entries is None else len(workers)
+    count = number_in(k3s.record, "worker_count")
+    workers = [Status(entry, status.now) for entry in as_list(k3s.record.get("workers"))]
+    known = "unknown" if count is None else f"{count:.0f}"
     until = f", token valid until {expiry}" if expiry else ""
     lines = [f"k3s        {k3s.text('state')} since {format_seconds(k3s.ago('since'))}, workers:"
              f" {known}{until}"]
@@ -3189,7 +3198,8 @@ def draw_k3s(status: Status, room: int) -> list[str]:
         lines.append(f"  {worker.text('name')[:40]:<40} {format_seconds(worker.ago('since')):>9}"
                      f"  {WORKER_WORDS.get(phase, phase)}")
     if len(lines) > room:
-        lines[room - 1:] = [f"  and {len(lines) - room + 1} more: `kubectl get pods`"]
+        more = (count or len(workers)) - (room - 2)
+        lines[room - 1:] = [f"  and {more:.0f} more: `kubectl get pods`"]
     return lines
 
 
