@@ -3914,6 +3914,8 @@ Description=Looks every minute after the k3s tokens of beta9-agent
 
 [Timer]
 OnBootSec=5s
+# k3s looks at its manifests every 15 s, so the accounts are there by then.
+OnActiveSec=20s
 OnUnitActiveSec=1min
 AccuracySec=1s
 

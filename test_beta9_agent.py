@@ -7417,7 +7417,8 @@ def test_k3s_token_units_verified_by_systemd_are_silent(tmp_path):
     *((b9.K3S_TOKEN_SERVICE, line) for line in (
         "Type=oneshot", "ExecStart=/opt/beta9-agent/k3s-token", "LogLevelMax=warning", "RuntimeDirectory=beta9-k3s",
         "RuntimeDirectoryMode=0750", "RuntimeDirectoryPreserve=yes", "Group=beta9-agent")),
-    *((b9.K3S_TOKEN_TIMER, line) for line in ("OnBootSec=5s", "OnUnitActiveSec=1min", "WantedBy=timers.target"))],
+    *((b9.K3S_TOKEN_TIMER, line) for line in (
+        "OnBootSec=5s", "OnActiveSec=20s", "OnUnitActiveSec=1min", "WantedBy=timers.target"))],
     ids=lambda value: value if "\n" not in value else "")
 def test_k3s_token_units_directive_is_there_once(text, line):
     assert text.splitlines().count(line) == 1 and "User=" not in text
@@ -7496,6 +7497,13 @@ def test_k3s_settings_point_at_the_files_of_the_timer_and_wait_for_them(way):
         "k3s_wait": "yes", "k3s_token_file": "/run/beta9-k3s/gateway-token",
         "k3s_node_token_file": "/run/beta9-k3s/agent-token", "k3s_ca_file": "/run/beta9-k3s/ca.crt"}
     assert ("get.k3s.io" in script) is (way == "install") and "cluster-admin" not in script + TEXT
+
+
+@beside
+def test_k3s_files_given_by_hand_keep_their_place(certificates):
+    path = os.path.relpath(certificates / "ca.pem")
+    settings = b9.parse_tree(heredoc(printed("--k3s-ca-file", path), "cat"))
+    assert settings["k3s_ca_file"] == str(certificates / "ca.pem") and "k3s_wait" not in settings
 
 
 # k3s itself is not run: its installer is a stand-in that records how it was called, and what it installs as `k3s`
@@ -7627,7 +7635,8 @@ def test_install_k3s_from_its_installer_to_a_full_offer_and_away_again(installed
         assert done.stderr == "" and "beta9-agent: k3s is here already, and stays as it is\n" in done.stdout
         assert logged(installed, "k3s-installer").splitlines() == called and [link.target for link in seen] == ["/"] * 2
 
-        done = installed.install(prints(action="--print-uninstall").stdout, **foreign)
+        foreign["PATH"] = "/usr/sbin:/usr/bin"      # as some sudo has it
+        done = installed.install(prints(action="--print-uninstall").stdout, shell="/bin/sh", **foreign)
         assert done.stderr == "" and done.stdout.endswith("after its last keepalive\n")
     kubeconfig, words, manifests, timers = logged(installed, "k3s").splitlines()[-1].split("|")
     assert words == ("kubectl delete -n default --ignore-not-found --request-timeout=10s serviceaccount/beta9-gateway"
@@ -7655,8 +7664,8 @@ def test_install_k3s_with_a_card_has_nvidias_runtime_before_k3s_and_its_plugin_o
         assert root.pid_of_ready() == pid and logged(root, "k3s-installer") == "" and not plugin.exists()
 
         root.program("apt-get", APT)
-        done = root.install(script)
-        assert done.stderr == "", done
+        done = root.install(script, KUBECONFIG="/elsewhere")
+        assert done.stderr == "" and re.search("^[|]kubectl get daemonsets ", logged(root, "k3s"), re.M), done
         told_in_order(done.stdout, "installing the NVIDIA container toolkit", "installing k3s by its own installer",
                       f"running the installer with SHA-256 {digest}", "giving k3s NVIDIA's device plugin",
                       "having k3s make the tokens of the gateway and the agent")
@@ -7717,89 +7726,6 @@ def test_install_k3s_setting_that_the_service_refuses_takes_the_timer_out_again(
 
 
 # The timer's script, and what its tokens may do, with a real Kubernetes API; k3s itself is not run
-class TokenTimer:
-    """Runs the script as it is, in a mount namespace where `k3s kubectl` is kubectl with an administrator's file."""
-
-    NAMES = {"ca.crt", "gateway-token", "gateway-token.renewal", "agent-token", "agent-token.renewal"}
-    SETUP = """
-        mount -t tmpfs -o mode=755 none /run
-        { cat /etc/group; echo beta9-agent:x:4242:; } >/run/group
-        mount --bind /run/group /etc/group
-        mkdir /run/beta9-k3s
-        mount -t tmpfs -o mode=750,gid=4242,size=64k none /run/beta9-k3s
-        mount -t tmpfs -o mode=755 none /usr/local/sbin
-        printf '#!/bin/sh\\nshift\\nKUBECONFIG=%s exec %s "$@"\\n' "$1" "$2" >/usr/local/sbin/k3s
-        chmod 755 /usr/local/sbin/k3s
-        echo up
-        exec sleep infinity"""
-
-    def __init__(self, kube, folder):
-        self.kube, self.config, self.script = kube, folder / "k3s.yaml", folder / "k3s-token"
-        self.script.write_text(b9.K3S_TOKEN)
-        self.script.chmod(0o755)
-        self.be_administrator_of(kube.url)
-        words = ["unshare", "--mount", "sh", "-euc", self.SETUP, "sh", self.config, kube.home / "bin/kubectl"]
-        self.holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-        assert self.holder.stdout.readline() == "up\n"
-        self.folder = pathlib.Path(f"/proc/{self.holder.pid}/root/run/beta9-k3s")
-        kube.kubectl("apply -f -", b9.K3S_ACCOUNTS)
-
-    def be_administrator_of(self, url, **more):
-        config = json.loads(json.dumps(self.kube.config))
-        config["clusters"][0]["cluster"] |= {"server": url, **more}
-        self.config.write_text(json.dumps(config))
-
-    def start(self):
-        return subprocess.Popen(["nsenter", f"--mount=/proc/{self.holder.pid}/ns/mnt", "env", "-i", "-C", "/",
-                                 "PATH=/usr/bin:/bin", self.script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-    def run(self, code=0, said=""):
-        """Runs it; the seconds that it took."""
-        start, process = time.monotonic(), self.start()
-        output, errors = process.communicate(timeout=100)
-        assert (process.returncode, output) == (code, "") and re.fullmatch(said, errors), errors
-        return time.monotonic() - start
-
-    def files(self):
-        """Name -> what stands in the file, and which one it is."""
-        return {path.name: (path.read_text(), path.stat().st_ino) for path in self.folder.iterdir()}
-
-    def token(self, name="gateway-token"):
-        return (self.folder / name).read_text().strip()
-
-    def make_due(self):
-        for name in ("gateway", "agent"):
-            (self.folder / f"{name}-token.renewal").write_text("5\n")
-
-    def revoke(self):
-        """Has the gateway's account made anew; waits until the API takes its old token no more."""
-        old, base = self.token(), ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--noproxy", "*", "-K", "-",
-                                   "--cacert", self.kube.pki / "server-ca.crt", f"{self.kube.url}/version"]
-        self.kube.kubectl("delete serviceaccount beta9-gateway")
-        self.kube.kubectl("apply -f -", b9.K3S_ACCOUNTS)
-        wait(lambda: subprocess.run(base, input=f'header = "Authorization: Bearer {old}"', text=True,
-                                    capture_output=True, timeout=50).stdout == "401")
-
-    def close(self):
-        self.holder.kill()
-        self.holder.wait()
-        self.holder.stdout.close()
-
-
-def is_whole(token):
-    """Whether this is all of a signed token."""
-    head, claims, signature = (base64.urlsafe_b64decode(part + "==") for part in token.split("."))
-    return json.loads(head)["alg"] == "RS256" and len(signature) == 256 and json.loads(claims)["exp"] > time.time()
-
-
-@pytest.fixture
-def timer(kube, tmp_path):
-    kube.clean()
-    with contextlib.closing(TokenTimer(kube, tmp_path)) as timer:
-        yield timer
-
-
 class Account:
     """What the API answers to the owner of a token."""
 
@@ -7822,6 +7748,91 @@ class Account:
             "spec": {"resourceAttributes": asked}})
         assert status == 201
         return answer["status"]["allowed"]
+
+
+class TokenTimer:
+    """Runs the script as it is, in a mount namespace where `k3s kubectl` is kubectl with an administrator's file."""
+
+    NAMES = {"ca.crt", "gateway-token", "gateway-token.renewal", "agent-token", "agent-token.renewal"}
+    SETUP = """
+        mount -t tmpfs -o mode=755 none /run
+        { cat /etc/group; echo beta9-agent:x:4242:; } >/run/group
+        mount --bind /run/group /etc/group
+        mkdir /run/beta9-k3s
+        mount -t tmpfs -o mode=750,gid=4242,size=64k none /run/beta9-k3s
+        mount -t tmpfs -o mode=755 none /usr/local/sbin
+        printf '#!/bin/sh\\nshift\\nsleep ${PAUSE:-0}\\nKUBECONFIG=%s exec %s "$@"\\n' "$1" "$2" \\
+            >/usr/local/sbin/k3s
+        chmod 755 /usr/local/sbin/k3s
+        echo up
+        exec sleep infinity"""
+
+    def __init__(self, kube, folder):
+        self.kube, self.config, self.script = kube, folder / "k3s.yaml", folder / "k3s-token"
+        self.script.write_text(b9.K3S_TOKEN)
+        self.script.chmod(0o755)
+        self.be_administrator_of(kube.url)
+        words = ["unshare", "--mount", "sh", "-euc", self.SETUP, "sh", self.config, kube.home / "bin/kubectl"]
+        self.holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert self.holder.stdout.readline() == "up\n"
+        self.folder = pathlib.Path(f"/proc/{self.holder.pid}/root/run/beta9-k3s")
+        kube.kubectl("apply -f -", b9.K3S_ACCOUNTS)
+
+    def be_administrator_of(self, url, **more):
+        config = json.loads(json.dumps(self.kube.config))
+        config["clusters"][0]["cluster"] |= {"server": url, **more}
+        self.config.write_text(json.dumps(config))
+
+    def start(self, *variables):
+        words = ["nsenter", f"--mount=/proc/{self.holder.pid}/ns/mnt", "env", "-i", "-C", "/", "PATH=/usr/bin:/bin",
+                 *variables, self.script]
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, start_new_session=True)
+
+    def run(self, code=0, said=""):
+        """Runs it; the seconds that it took."""
+        start, process = time.monotonic(), self.start()
+        output, errors = process.communicate(timeout=100)
+        assert (process.returncode, output) == (code, "") and re.fullmatch(said, errors), errors
+        return time.monotonic() - start
+
+    def files(self):
+        """Name -> what stands in the file, and which one it is."""
+        return {path.name: (path.read_text(), path.stat().st_ino) for path in self.folder.iterdir()}
+
+    def token(self, name="gateway-token"):
+        return (self.folder / name).read_text().strip()
+
+    def make_due(self):
+        for name in ("gateway", "agent"):
+            (self.folder / f"{name}-token.renewal").write_text("5\n")
+
+    def revoke(self):
+        """Has the gateway's account made anew; waits until the API takes its old token no more."""
+        old = Account(self.kube, self.token())
+        self.kube.kubectl("delete serviceaccount beta9-gateway")
+        self.kube.kubectl("apply -f -", b9.K3S_ACCOUNTS)
+        wait(lambda: old.ask("GET", "/version")[0] == 401)
+
+    def close(self):
+        self.holder.kill()
+        self.holder.wait()
+        self.holder.stdout.close()
+
+
+def is_whole(token):
+    """Whether this is all of a signed token."""
+    head, claims, signature = (base64.urlsafe_b64decode(part + "==") for part in token.split("."))
+    return json.loads(head)["alg"] == "RS256" and len(signature) == 256 and json.loads(claims)["exp"] > time.time()
+
+
+@pytest.fixture
+def timer(kube, tmp_path):
+    if os.geteuid() != 0 or not shutil.which("unshare"):
+        pytest.skip("needs root and unshare")
+    kube.clean()
+    with contextlib.closing(TokenTimer(kube, tmp_path)) as timer:
+        yield timer
 
 
 VERBS = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecollection", "impersonate", "bind",
@@ -7877,6 +7888,21 @@ def test_kube_tokens_do_the_calls_of_the_gateway_and_the_agent(kube, timer):
              (gateway, "DELETE", f"{jobs}/w1?propagationPolicy=Background", 200)]
     for account, method, path, status in calls:
         assert account.ask(method, path, job if method in ("POST", "PUT") else None)[0] == status, (method, path)
+
+
+@pytest.mark.k3s
+def test_kube_uninstall_deletes_all_of_the_manifest_and_so_revokes_its_tokens(kube, timer):
+    """By the words of the script; the rest of it runs in a root of its own."""
+    timer.run()
+    accounts = [Account(kube, timer.token(name)) for name in ("gateway-token", "agent-token")]
+    words = re.search("    set -- (.*?)\n    !", b9.UNINSTALL, re.S)[1].replace("\\\n", "")
+    assert [account.ask("GET", "/version")[0] for account in accounts] == [200, 200]
+    for again in range(2):
+        kube.kubectl(f"delete -n default --ignore-not-found --request-timeout=10s {words}")
+    assert kube.kubectl(f"get --ignore-not-found -o name {words}") == ""
+    named = re.findall(r"^kind: (\w+)\nmetadata: {name: ([\w-]+)", b9.K3S_ACCOUNTS, re.M)
+    assert len(named) == 6 and set(words.split()) == {f"{kind.lower()}/{name}" for kind, name in named}
+    wait(lambda: [account.ask("GET", "/version")[0] for account in accounts] == [401, 401])
 
 
 @pytest.mark.k3s
@@ -8011,7 +8037,7 @@ def test_kube_timer_shows_no_token_in_any_process(timer):
     for prepare in (lambda: None, timer.make_due, timer.revoke):
         tokens += [timer.token("gateway-token"), timer.token("agent-token")]
         prepare()
-        process = timer.start()
+        process = timer.start("PAUSE=0.5")      # each call of k3s lasts long enough to be seen
         while process.poll() is None:
             with contextlib.suppress(psutil.Error):
                 parent = psutil.Process(process.pid)
