@@ -4314,6 +4314,7 @@ def test_token_file_rotated_before_the_stop_is_that_of_the_last_act(box, gateway
     path = box.folder / "token"
     path.write_text(TOKEN)
     process = box.ready(gateway, "--token-file", str(path), "--keepalive-interval", "60", BETA9_TOKEN="")
+    time.sleep(1)       # it has looked at the file by now, and does so every 2 s
     path.write_text(SECRET)
     gateway.contract.token = SECRET
     assert stopped(process) == 0 and [bearer(link) for link in gateway.calls(REGISTER)] == [TOKEN, SECRET]
