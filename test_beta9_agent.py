@@ -3372,10 +3372,9 @@ def test_k3s_client_hangs_up_on_a_look_that_is_late_or_of_no_use_any_more(k3s, e
     k3s.always = drips(HEAD, b"X: y\r\n")
     assert client.poll(3600, 0.1) is None
     wait(lambda: k3s.seen)
+    client.late_at = math.inf if ended == "closed" else 0.0
     if ended == "closed":
         client.close()
-    else:
-        client.late_at = 0.0
     assert "no complete answer in time" in wait(lambda: client.poll(3600, 0.1)).fault
 
 
@@ -3388,7 +3387,7 @@ def test_k3s_files_that_change_have_it_looked_at_anew_and_nothing_before_counts(
     assert json.loads((tmp_path / f"{ID}.status.json").read_text())["k3s"]["state"] == "usable"
     agent.k3s = b9.believe(agent.k3s, b9.K3sView("the old token is refused"), b9.read_clock())
     token.write_text("another-" + K3S)
-    agent.files_due = 0.0
+    agent.files_due, agent.k3s_client.due = 0.0, math.inf       # a look is not due by time
     agent.look_at_files()
     assert b9.believe(agent.k3s, b9.K3sView("k3s restarts"), 0.0).view.fault == "", "the first of two"
     assert wait(lambda: agent.look_at_k3s(0.1)) and bearer(k3s.seen[-1]) == "another-" + K3S
@@ -4321,6 +4320,7 @@ def test_token_file_rotated_before_the_stop_is_that_of_the_last_act(box, gateway
     path = box.folder / "token"
     path.write_text(TOKEN)
     process = box.ready(gateway, "--token-file", str(path), "--keepalive-interval", "60", BETA9_TOKEN="")
+    time.sleep(1)       # it has looked at the file by now, and does so every 2 s
     path.write_text(SECRET)
     gateway.contract.token = SECRET
     assert stopped(process) == 0 and [bearer(link) for link in gateway.calls(REGISTER)] == [TOKEN, SECRET]
