@@ -420,7 +420,7 @@ SSH_WORDS = (
     ("not accessible|UNPROTECTED PRIVATE KEY|Load key",
      "Check --ssh-identity: a private key that only this user can read"),
     ("Permission denied|Too many authentication", "The public half of {key} must be in"
-     " authorized_keys of {user} there, and the key be without passphrase"),
+     " authorized_keys of {user} there, and the key must have no passphrase"),
     ("remote port forwarding failed", "Port {config.ssh_reverse} there is taken, or not in"
      " permitlisten in authorized_keys. Check --ssh-reverse"),
     ("administratively prohibited",
@@ -459,7 +459,7 @@ def backoff(failing_for: float, cap: float, draw: Draw) -> float:
 def tunnel_pause(failures: int, draw: Draw) -> float:
     """Seconds from the last of so many failures of ssh in a row to its next start."""
     ceiling = min(2.0 ** min(failures, 5), 30.0)
-    return draw(max(1.0, ceiling / 2), ceiling)
+    return draw(ceiling / 2, ceiling)
 
 
 def next_call(lease: Lease, now: float) -> str:
@@ -1438,7 +1438,8 @@ def read_process_start(pid: int) -> str:
     """
     with contextlib.suppress(OSError, IndexError):
         with open(f"/proc/{pid}/stat") as process:
-            return process.read().rpartition(")")[2].split()[19]
+            fields = process.read().rpartition(")")[2].split()
+        return "ended" if fields[0] == "Z" else fields[19]      # a zombie runs no more
     with contextlib.suppress(Exception):    # on macOS, where psutil is there
         import psutil
         return str(psutil.Process(pid).create_time())
@@ -2294,8 +2295,8 @@ def open_state(config: Config) -> State:
         return State(machine_id, path, lock_machine(f"{path}.lock"))
     except OSError as error:
         LOG.warning("%s cannot keep the machine id and its lock, %s: this start goes on"
-                    " without, the next one gets a new id; give --state-dir", folder,
-                    error.strerror)
+                    " without, and an id that is not kept there is new next time; give --state-dir",
+                    folder, error.strerror)
         return State(machine_id or os.urandom(4).hex())
 
 
@@ -3122,36 +3123,46 @@ class Status:
         found = read_process_start(int(pid))
         return found == start or not found or not start
 
+    def has_lease(self, machine_id: str | None) -> bool:
+        """Whether the gateway may take this machine for ready by what an agent here did."""
+        ended, same = self.ago("lease_ends_at"), self.record.get("machine_id") == machine_id
+        return same and (self.is_running() or (ended is not None and ended < 0))
+
     def judge(self) -> tuple[int, str]:
         """The exit code, and the state in words."""
         reason = f": {self.text('failure')}" if self.record.get("failure") else ""
         overdue, failing = self.ago("next_attempt_at"), self.ago("failing_since")
         since, ended = self.ago("ready_since"), self.ago("lease_ends_at")
         if not self.record:
-            return 3, "not running, as far as is known: there is no record that can be read"
+            return 3, ("not running, as far as is known: no record can be read. Start the agent, or"
+                       " give the --state-dir (or be the user) that it runs with")
         if not self.is_running() and self.record.get("state") == "stopped":
             return 3, f"not running: stopped {format_seconds(self.ago('clock'))} ago{reason}"
         if not self.is_running():
-            return 3, f"not running, though nobody stopped it: see its log{reason}"
+            return 3, f"not running, though nobody stopped it: see its log, start it again{reason}"
         if overdue is not None and overdue > 30:
-            return 1, f"stuck: its next attempt is overdue since {format_seconds(overdue)}"
+            return 1, (f"no sign of life for {format_seconds(overdue)}: it hangs, or cannot write"
+                       " its state folder; see its log, or restart it")
         if ended is not None and ended > 0:
             return 1, f"its lease ran out {format_seconds(ended)} ago{reason}"
         if failing is not None or since is None:
-            return 1, f"not ready since {format_seconds(failing)}{reason}" if reason else "starting"
+            return 1, f"not ready for {format_seconds(failing)}{reason}" if reason else "starting"
         if not number_in(as_mapping(self.record.get("offer")), "cpu"):
             return 1, f"ready, takes no work: {self.text('warning')}"
-        return 0, f"ready since {format_seconds(since)}"
+        return 0, f"ready for {format_seconds(since)}"
 
 
 def read_status(config: Config) -> Status:
     """The record of the machine id, else the newest one in the state folder."""
-    folder, record = find_state_dir(config), None
+    import glob
+    record, folders = None, [find_state_dir(config)]
+    if not config.state_dir:
+        folders.append("/var/lib/beta9-agent")      # the service's, for other users too
     with contextlib.suppress(AgentError, OSError, ValueError):
-        names = [f"{config.machine_id}.status.json"] if config.machine_id else [
-            name for name in os.listdir(folder) if name.endswith(".status.json")]
-        newest = max(names, key=lambda name: os.stat(f"{folder}/{name}").st_mtime)
-        record = parse_json(read_file(f"{folder}/{newest}").encode())
+        found = [glob.glob(f"{glob.escape(folder)}/{config.machine_id or '*'}.status.json")
+                 for folder in folders]
+        newest = max(found[0] or found[-1], key=os.path.getmtime)
+        record = parse_json(read_file(newest).encode())
     return Status(record, read_clock())
 
 
@@ -3191,7 +3202,7 @@ def draw_k3s(status: Status, room: int) -> list[str]:
     workers = [Status(entry, status.now) for entry in as_list(k3s.record.get("workers"))]
     known = "unknown" if count is None else f"{count:.0f}"
     until = f", token valid until {expiry}" if expiry else ""
-    lines = [f"k3s        {k3s.text('state')} since {format_seconds(k3s.ago('since'))}, workers:"
+    lines = [f"k3s        {k3s.text('state')} for {format_seconds(k3s.ago('since'))}, workers:"
              f" {known}{until}"]
     for worker in workers:
         phase = worker.text("status")
@@ -3233,6 +3244,8 @@ def draw_status(status: Status, headline: str, signs: str) -> list[str]:
         return format_seconds(None if ago is None else -ago)
 
     import textwrap
+    if not status.is_running():     # as it was when that was written
+        status = Status(status.record, number_in(status.record, "clock") or status.now)
     text, offer = status.text, as_mapping(status.record.get("offer"))
     warning = status.record.get("warning")
     lines = textwrap.wrap(headline, 79)
@@ -3243,7 +3256,7 @@ def draw_status(status: Status, headline: str, signs: str) -> list[str]:
     through = f" through {text('proxy')}" if status.record.get("proxy") else ""
     tunnel, up = [], status.ago("tunnel_up_since")
     if status.record.get("tunnel"):
-        state = "is down" if up is None else f"carries since {format_seconds(up)}"
+        state = "is down" if up is None else f"is up for {format_seconds(up)}"
         tunnel = [f"tunnel     {state}, replaced {text('tunnel_replaced')} times, ssh to"
                   f" {text('tunnel')}"]
     lines = lines[:6 - len(tunnel)]
@@ -3413,7 +3426,7 @@ def check_gateway(config: Config) -> list[Finding]:
     return found
 
 
-def check_token(config: Config, machine_id: str | None, is_ours: bool) -> list[Finding]:
+def check_token(config: Config, machine_id: str | None, status: Status) -> list[Finding]:
     """The machine token, by the list of ready machines, of which nothing is shown."""
     import urllib.parse
     query = urllib.parse.urlencode({"pool_name": config.pool_name,
@@ -3423,7 +3436,7 @@ def check_token(config: Config, machine_id: str | None, is_ours: bool) -> list[F
     if answer.status != 200 or not isinstance(machines, list):
         return explain_check(config, "list", answer)
     ids = [as_mapping(as_mapping(machine).get("state")).get("machine_id") for machine in machines]
-    if machine_id in ids and not is_ours:
+    if machine_id in ids and not status.has_lease(machine_id):
         return [fail(f"machine {machine_id} is ready already, kept by an agent elsewhere: stop that"
                      " one, or give another --machine-id")]
     return [good(f"the gateway accepts it; ready machines of this pool: {len(ids)}")]
@@ -3645,7 +3658,8 @@ def check_machine(config: Config, offer: Offer, status: Status) -> list[Finding]
         parent = os.path.dirname(parent) or "."
     disk = os.statvfs("/")
     free = disk.f_bavail * disk.f_frsize / 1000 ** 3
-    found = [good(f"{format_offer(offer)}, private IP {config.private_ip or find_private_ip()}")]
+    found = [good(f"{format_offer(offer)}, private IP"
+                  f" {config.private_ip or find_private_ip() or 'unknown: give --private-ip'}")]
     if not os.path.exists("/dev/fuse"):
         found.append(fail("/dev/fuse is missing, which workers need: `modprobe fuse`"))
     if free < 30:
@@ -3671,7 +3685,7 @@ def find_all(config: Config, tunnels: contextlib.ExitStack) -> list[tuple[str, l
         "settings": lambda: check_settings(config),
         "tunnel": lambda: [],
         "gateway": lambda: check_gateway(config),
-        "token": lambda: check_token(config, machine_id, status.is_running()),
+        "token": lambda: check_token(config, machine_id, status),
         "keepalive": lambda: check_keepalive(config),
         "pool": lambda: check_pool(config, offer),
         "k3s": lambda: check_k3s(config),
@@ -3734,6 +3748,8 @@ def show_dry_run(config: Config) -> None:
         path = f"{find_state_dir(config)}/{machine_id or 'ID'}.ssh"
         print("starts:", printable(shlex.join(["ssh", *ssh_arguments(config, path)]), 2000))
     agent = Agent(config, State(config.machine_id), client)
+    if agent.plan.reason:
+        print("offers no CPU yet:", agent.plan.reason)
     for call in (REGISTER, KEEPALIVE):
         text = json.dumps(agent.payload_of(call), indent=2, default=str)
         print(f"POST {config.gateway}/api/v1/machine/{call} {text}")
@@ -4378,7 +4394,8 @@ def find_known_hosts(config: Config) -> str:
     known = re.findall(r"^(?!#)\S+ (?:ssh|ecdsa|sk)-\S+ .*$", said, re.MULTILINE)
     if not known:
         LOG.warning("%s is not in known_hosts here, so it must be in that of the machine: use"
-                    " `ssh %s` once, compare fingerprints, then print this again", name, name)
+                    " `ssh %s` once, compare fingerprints, then print this again", name,
+                    f"-p {port or 22} {host}")
     return "\n".join(known)
 
 
@@ -4414,10 +4431,13 @@ def warn_of_script(config: Config) -> None:
     if config.ca_file:
         LOG.warning("%s must be on the machine too, where its service can read it: not under /home,"
                     " /root or /tmp", os.path.abspath(config.ca_file))
+    if not (config.k3s or config.k3s_token):
+        LOG.warning("no work will come without a k3s token: give --k3s use or --k3s install, or"
+                    " --k3s-token-file, unless the machine has one from before")
     if config.token or config.k3s_token:
         LOG.warning("on a terminal tokens are not shown: print this into a file or a pipe"
                     if sys.stdout.isatty() else
-                    "what is printed holds the tokens: keep it as secret as them")
+                    "what is printed holds the tokens: keep it as secret as they are")
 
 
 def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
