@@ -1316,12 +1316,14 @@ def fleets():
         yield figures
 
 
+@pytest.mark.slow
 def test_fleet_started_together_is_spread_in_the_second_minute(fleets):
     peak, ready = fleets()["start"]
     print(f"\n10,000 started together: peak in the second minute {peak} requests/s, steady are 167")
     assert ready == 10_000 and peak < 2.5 * 167
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("started", ["evenly", "together"])
 def test_fleet_forgotten_in_an_outage_of_600_s_returns_without_a_stampede(fleets, started):
     peak, ready = fleets()[started]
@@ -3833,6 +3835,7 @@ def test_ssh_with_a_silent_server_is_ended_by_its_own_keepalives(box, gateway, s
         assert wait(lambda: tunnel.tend(b9.read_clock()), ssh_host.log).kind is b9.Kind.OK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda it: it.name)
 @beside
 def test_ssh_that_hangs_ends_with_its_agent_within_2_s(box, gateway, ssh_host, number):
@@ -3903,6 +3906,7 @@ SSH_TROUBLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SSH_TROUBLE)
 @beside
 def test_ssh_trouble_from_the_start_is_said_with_its_remedy_and_nobody_is_asked(box, gateway, ssh_host, name):
@@ -3921,6 +3925,7 @@ def test_ssh_trouble_from_the_start_is_said_with_its_remedy_and_nobody_is_asked(
     assert gateway.seen == [] and not (ssh_host.folder / "asked").exists() and ssh_host.known.read_text() == known
 
 
+@pytest.mark.slow
 @beside
 def test_ssh_port_there_that_another_machine_has_is_refused(box, gateway, ssh_host):
     ssh_host.ready("--ssh-reverse", str(ssh_host.remote))
@@ -3937,6 +3942,7 @@ def test_ssh_wrong_from_the_start_ends_after_startup_timeout(box, gateway, ssh_h
     assert "tunnel failed" in process.log() and "giving up after" in process.log()
 
 
+@pytest.mark.slow
 @beside
 def test_ssh_wrong_from_the_start_is_tried_until_it_is_mended(box, gateway, ssh_host):
     keys = ssh_host.keys.read_text()
@@ -4002,6 +4008,7 @@ def test_ssh_with_tls_checks_the_name_of_ssh_gateway(box, gateway, ssh_host, cer
     behind.stop()
 
 
+@pytest.mark.slow
 @beside
 def test_ssh_gateway_that_is_away_behind_it_is_waited_for(box, gateway, ssh_host):
     process = ssh_host.ready()
@@ -4213,6 +4220,7 @@ def test_ssh_install_makes_a_key_and_prints_the_line_that_lets_it_in(box, gatewa
     assert done.returncode == 69 and "remote port forwarding failed" in done.stderr
 
 
+@pytest.mark.slow
 @beside
 def test_ssh_install_without_a_known_host_key_stops_and_says_how_to_compare(box, gateway, ssh_host):
     stub(ssh_host.folder / "bin/ssh-keygen", "exit 1")
@@ -4227,6 +4235,7 @@ def test_ssh_install_without_a_known_host_key_stops_and_says_how_to_compare(box,
     assert "ssh-keygen -lf" in done.stderr and f"ssh-keyscan -p {ssh_host.port} 127.0.0.1" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", [[], ["--fetch-from", "https://x/y"]], ids=["carried", "fetched"])
 @beside
 def test_ssh_install_script_is_small_enough_and_has_no_key_of_the_printing_machine(box, gateway, ssh_host, tail):
@@ -5999,6 +6008,7 @@ CHECKS = {  # what is done to the gateway, options, the check, its result and wo
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 @beside
 def test_check_finds(box, gateway, name):
@@ -6115,6 +6125,7 @@ def test_check_on_a_terminal_has_signs_and_colours(box, gateway, environ, signs,
     os.close(there), os.close(here)
 
 
+@pytest.mark.slow
 def test_check_gpus_tells_each_card(nvml_stub, tmp_path):
     write_gpus(tmp_path / "control", ".sx")
     code = "print([tuple(each) for each in b9.check_gpus()])"
@@ -6585,6 +6596,7 @@ FORMS = {"carried": ["--token", TOKEN, *WELL], "fetched": ["--fetch-from", "http
                          "v1.34.3+k3s1", "--k3s-installer-sha256", "0" * 64]}
 
 
+@pytest.mark.slow
 @needs_shellcheck
 @pytest.mark.parametrize("form", [*FORMS, "uninstall"])
 @beside
@@ -6632,6 +6644,7 @@ def test_print_install_script_carries_this_very_file():
     assert bz2.decompress(base64.b85decode(text.replace("\n", ""))) == SOURCE.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD_NAMES)
 @beside
 def test_print_install_odd_name_reaches_the_agent_as_it_was_typed(name):
@@ -7409,6 +7422,7 @@ TIMER_UNIT = "beta9-k3s-token.timer"
 MANIFESTS = "var/lib/rancher/k3s/server/manifests"
 
 
+@pytest.mark.slow
 @needs_shellcheck
 def test_k3s_token_script_is_sh_in_which_shellcheck_finds_nothing():
     for words in (["sh", "-n"], ["bash", "--posix", "-n"], ["shellcheck", "--shell=sh", "-"]):
@@ -7466,6 +7480,7 @@ def test_k3s_device_plugin_manifest_is_of_a_pinned_version():
     assert plugin["spec"]["selector"]["matchLabels"] == plugin["spec"]["template"]["metadata"]["labels"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, words", [
     (["--k3s", "use", "--k3s-token", K3S], "--k3s has k3s make its tokens"),
     (["--k3s", "install", "--k3s-token-file", "TOKEN"], "leave out --k3s-token, --k3s-ca-file"),
