@@ -3450,6 +3450,12 @@ def test_k3s_that_never_answers_is_unusable_and_in_the_way_of_nothing(box, gatew
         assert stopped(process) == 0
 
 
+def put(path, text):
+    """Writes a file in one step, as what rotates tokens does."""
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
+
+
 @beside
 def test_k3s_files_that_come_later_are_waited_for_and_used_at_once(box, gateway, certificates):
     """With a keepalive a minute: what comes and changes is at the gateway within seconds."""
@@ -3462,15 +3468,15 @@ def test_k3s_files_that_come_later_are_waited_for_and_used_at_once(box, gateway,
         process = box.ready(gateway, *options, "--k3s-wait")
         assert cpu_offered(gateway) == "0m" and gateway.calls(REGISTER)[0].json["token"] == ""
         assert f"it is looked for in {token}, so look at `systemctl status k3s`" in process.log()
-        token.write_text("short")
+        put(token, "short")
         time.sleep(2.5)
-        token.write_text(K3S)
+        put(token, K3S)
         start = time.monotonic()
         wait(lambda: gateway.calls(REGISTER)[-1].json["token"] == K3S, process.log)
         assert cpu_offered(gateway) == "0m" and k3s.heard == []
-        shutil.copy(certificates / "ca.pem", ca)
+        put(ca, (certificates / "ca.pem").read_text())
         wait(lambda: cpu_offered(gateway) != "0m", process.log)
-        token.write_text("another-" + K3S)
+        put(token, "another-" + K3S)
         wait(lambda: gateway.calls(REGISTER)[-1].json["token"] == "another-" + K3S, process.log)
         assert time.monotonic() - start < 40, "at its next keepalive each would have taken a minute"
         wait(lambda: gateway.calls(KEEPALIVE)[-1].json["metrics"].get("worker_count") == 1, process.log)
@@ -4705,6 +4711,7 @@ def test_life_hanging_answer_cut_at_the_deadline(overcoming, name):
 @beside
 def test_life_gateway_restarts_and_remembers_ready_again_without_registering(box, gateway):
     process = box.ready(gateway)
+    wait(lambda: "ready after" in process.log(), process.log)
     gateway.stop()
     time.sleep(0.5)
     after = len(gateway.seen)
