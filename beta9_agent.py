@@ -2840,7 +2840,9 @@ class Agent:
             now, carries = read_clock(), self.tunnel is None or self.tunnel.carries()
             if carries and now >= self.next_wake():
                 return
-            stop.wait_until(min(now + TICK, self.next_wake()) if carries else now + TICK / 5)
+            busy = self.tunnel is not None or self.k3s_client.is_looking
+            pause = TICK if busy else FILES_PERIOD
+            stop.wait_until(min(now + pause, self.next_wake()) if carries else now + TICK / 5)
             self.look_around()
 
     def count(self, call: str, outcome: Outcome, start: float, now: float) -> None:
