@@ -8461,7 +8461,7 @@ def test_kube_check_tells_what_keeps_workers_away(box, gateway, kube):
         return found[check_name]
 
     # The API takes a moment to let a new account in and to take its taint off a new node.
-    good = wait(lambda: [mark for mark, _ in (found := told())] == ["ok"] * 3 and found)
+    good = wait(lambda: (found := told()) and [mark for mark, _ in found] == ["ok"] * 3 and found)
     assert "until 20" in good[0][1]
     assert f"node {kube.box} takes workers" in good[2][1]
     assert good[1] == ("ok", "a privileged job would be accepted") and kube.kubectl("get jobs -o name") == ""
