@@ -2595,7 +2595,7 @@ class Agent:
         """Registers at once; where the gateway is away, with the next attempt."""
         due = read_clock() if self.lease.failing_since is None else self.lease.due
         self.cause = cause
-        self.lease = self.lease._replace(registered=False, due=min(due, self.lease.due))
+        self.lease = self.lease._replace(registered=False, due=due)
 
     def plan_again(self, sample: Offer | None) -> None:
         """Plans what to offer, after a sample of the machine or without; another offer is
@@ -2733,7 +2733,7 @@ class Agent:
                                      (1000, 1, 1)):
             cap = getattr(config, name)
             if cap is not None and cap > (found or 0):
-                LOG.warning("%s is %g, but there is only %g, all of which is offered: lower it",
+                LOG.warning("%s is %g, but there is only %g, and no more can be offered: lower it",
                             name, cap / unit, (found or 0) / unit)
         for name in SECRETS:
             source = config.sources.get(name, "")
@@ -3820,6 +3820,7 @@ WRAPPER = """#!/bin/sh
 exec /opt/beta9-agent/venv/bin/python -I /opt/beta9-agent/beta9_agent.py \\
     --config /etc/beta9-agent/agent.yaml "$@"
 """
+
 # What the gateway does in k3s, and no more; and what the agent looks at there besides.
 K3S_ACCOUNTS = """apiVersion: v1
 kind: ServiceAccount
