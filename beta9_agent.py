@@ -6,31 +6,33 @@
 """Registers this machine with a Beta9 gateway and keeps it ready for work until told to stop.
 
 Read this file before you run it: the tokens that you give it let the gateway run anything on this
-machine. Rooms 1 to 10 are the agent, all that runs while a machine is kept. Rooms 11 to 14 are
-the desk, what a person calls by hand. A function calls only what stands above it.
+machine. Rooms 1 to 9 are the agent, whose heart is `keep`, at the end of room 9; rooms 10 to 13 are
+what a person calls by hand. A function calls only what stands above it.
 
-    settings -> machine facts -> register -> keepalive, keepalive, ... -> register again -> exit
-                                    ^-- forgotten, or changed --'         (takes no new work)
+The lease holds the registration that the gateway has confirmed. Each turn of the loop works out the
+registration that the gateway should have, and acts on the difference:
+
+    settings -> facts (host, k3s, token files) -> offer -> wanted registration
+                                                               |
+    wait <- lease <- outcome <- register, where the lease holds another one, or none;
+                                else keepalive, when it is due
 
 Connects to  the gateway you name, or the proxy that the environment names for it: POST
              /api/v1/machine/register (with the k3s token) and /api/v1/machine/keepalive; your
              DNS, for its name; with --ssh the gateway through ssh alone.
              This machine's k3s, at --k3s-url and through no proxy: with --k3s-ca-file for the
-             gateway's rights there, worker pods and the node; else for a TLS handshake, without
-             any token. --check also --hostname, and what the gateway names for workers
-Listens      nowhere (--dev: on 127.0.0.1; --ssh: ssh, on a Unix socket that is this user's;
-             --ssh-reverse: the other host, on a port that leads to this machine's k3s)
+             worker pods and the node; else for a TLS handshake, without any token.
+             --check asks more of both, and tries --hostname and what the gateway names for workers
+Listens      nowhere (--dev: on 127.0.0.1)
 Reads        the files you name, its state folder, /etc/machine-id, the hardware through psutil
              and NVML; ssh reads its own configuration and keys
-Writes       its state folder (with --ssh a socket, there or in /tmp), log lines to standard error
-             and systemd, answers to standard output
+Writes       its state folder, log lines to standard error and systemd, answers to standard output
 Starts       no other program; with --ssh the system's ssh, which does what its own configuration
-             says besides, through setpriv where it is there, and ssh-keygen for --print-install
-Exits        0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway out of reach,
-             75 already running, 77 token refused, 78 machine refused
+             says besides
 """
 # ---- 1 What this program does, sends, writes and runs
 import argparse
+import base64
 import collections
 import contextlib
 import enum
@@ -47,56 +49,41 @@ import re
 import select
 import signal
 import socket
-import stat
 import sys
-import threading
 import time
+import urllib.parse
+from _thread import allocate_lock, start_new_thread
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 if sys.version_info < (3, 10):
     sys.exit("Python 3.10 or newer is needed: install one, or use `uv run`, which brings its own")
 
 # ---- 2 Vocabulary
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 REGISTER, KEEPALIVE = "register", "keepalive"
 FILE_LIMIT = 64 * 1024          # bytes: of a token, of settings, of a state file
 ANSWER_LIMIT = 64 * 1024        # bytes
 CONFIG_LIMIT = 4 * 1024 * 1024  # bytes, with the gateway's configuration: 117 kB were seen
 REQUEST_DEADLINE = 10.0         # seconds, for a whole request from the name look-up on
-HOST_DEADLINE = 5.0             # seconds, for driver and disk together, and for a look at k3s
-K3S_PERIOD = 10.0               # seconds between two looks at k3s; never above the interval
-K3S_PATIENCE = 1.0              # seconds, for the first look, and between two glances at one
-FILES_PERIOD = 2.0              # seconds between two looks at the files of tokens and k3s's CA
-STOP_DEADLINE = 1.0             # seconds that a stop leaves to a request in flight
+SSH_DEADLINE = 25.0             # seconds, for the first request through a new ssh
+ADDRESS_DEADLINE = 2.5          # seconds, to connect to one address while there are others
+HOST_DEADLINE = 5.0             # seconds, for one question to driver, disk or k3s
+K3S_PATIENCE = 1.0              # seconds that the loop waits for k3s and the token files
+LOOK_PERIOD = 5.0               # seconds between two looks at them
+STOP_DEADLINE = 1.0             # seconds that a stop leaves to what is under way
 LEAVE_DEADLINE = 1.8            # seconds from the stop to the end of the last request
 DENIED_PATIENCE = 60.0          # seconds: a 401 can be trouble of the gateway's database
-WORKER_PATIENCE = 600.0         # seconds: idle workers end after 300
-LOSS_PATIENCE = 30.0            # seconds: a registration without CPU, and a look at k3s after it
+WORKER_PATIENCE = 600.0         # seconds: the gateway counts a worker for as long as that
+PENDING_PATIENCE = 120.0        # seconds that a worker may be Pending
 QUIET = 600.0                   # seconds between lines about the same thing
-TUNNEL_DEADLINE = 25.0          # seconds that ssh may take until it carries
-CHECK_DEADLINE = 14.0           # seconds, for all of --check
 TICK = 0.5                      # seconds between two looks at the stop flag
-STATUS_FORMAT = 1               # of the status record
-USER_DATA_LIMIT = 64 * 1024     # bytes: that of most clouds
 LOG = logging.getLogger("beta9-agent")
 
 
 class AgentError(Exception):
-    """What ends the program. Its text is for people and holds the remedy."""
-
     def __init__(self, text: str, exit_code: int = 2) -> None:
         super().__init__(text)
         self.exit_code = exit_code
-
-
-class UnsafeAddress(AgentError):
-    """The tokens would travel to a public address in cleartext."""
-
-    remedy = "Give --tls, or --ssh for a tunnel, or accept it with --allow-cleartext"
-
-    def __init__(self, fault: str, by_name: bool) -> None:
-        super().__init__(f"{fault}. {self.remedy}")
-        self.fault, self.by_name = fault, by_name   # by a name, which may lead elsewhere later
 
 
 class Secret:
@@ -111,34 +98,26 @@ class Secret:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Secret) and other.__text == self.__text
 
-    def __hash__(self) -> int:
-        return hash(self.__text)
-
     def reveal(self) -> str:
-        """The token, for the place where a request is built."""
         return self.__text
 
 
 class Kind(enum.Enum):
-    """What an attempt to reach the gateway came to."""
+    """What a call to the gateway came to."""
 
     OK = enum.auto()
-    TROUBLE = enum.auto()           # passing, as far as anybody can tell
-    FORGOTTEN = enum.auto()         # the gateway does not know this machine any more
-    DENIED = enum.auto()            # 401
-    FORBIDDEN = enum.auto()         # 403
-    REFUSED = enum.auto()           # the gateway cannot use a machine that is configured so
-    UNSAFE = enum.auto()            # a public address in digits, in cleartext
-    UNSAFE_NAME = enum.auto()       # a name that leads to one
+    TROUBLE = enum.auto()       # passing, as far as anybody can tell
+    FORGOTTEN = enum.auto()     # the gateway does not know this machine any more
+    UNSAFE = enum.auto()        # its name leads to a public address, in cleartext
+    DENIED = enum.auto()        # 401
+    FORBIDDEN = enum.auto()     # 403
+    REFUSED = enum.auto()       # the gateway cannot use a machine that is configured so
 
 
-EXIT_CODES = {Kind.TROUBLE: 69, Kind.FORGOTTEN: 69, Kind.UNSAFE_NAME: 69, Kind.DENIED: 77,
-              Kind.FORBIDDEN: 77, Kind.REFUSED: 78, Kind.UNSAFE: 2}
+EXIT_CODES = {Kind.DENIED: 77, Kind.FORBIDDEN: 77, Kind.REFUSED: 78}     # any other failure: 69
 
 
 class Outcome(NamedTuple):
-    """What an attempt came to: what happened, what a person can do, what the answer told."""
-
     kind: Kind
     text: str = ""
     remedy: str = ""
@@ -147,22 +126,50 @@ class Outcome(NamedTuple):
     placement: str = ""             # why no work will come, as far as a registration's answer tells
 
 
+class Offer(NamedTuple):
+    """A capacity: millicores, MiB, GPUs."""
+
+    cpu: int
+    memory: int
+    gpu_count: int
+
+
+class Registration(NamedTuple):
+    """What can change in a registration; all else in it comes from the settings."""
+
+    offer: Offer
+    k3s_token: Secret | None
+    private_ip: str
+
+
 class Lease(NamedTuple):
-    """What the gateway knows of this machine, and when the next attempt is due, in seconds."""
+    """What the gateway knows of this machine, and when the next call is due, in seconds."""
 
     due: float
-    ttl: float = 299.0                      # a guess, until the gateway tells
-    registered: bool = False
-    kept: bool = False                      # by a keepalive since the registration
-    confirmed_at: float | None = None
+    ttl: float = 299.0                          # a guess, until the gateway tells
+    registered: Registration | None = None      # as the gateway has confirmed it
+    unconfirmed: Registration | None = None     # sent since then, and perhaps taken
+    confirmed_at: float = -math.inf             # by the last answer that renewed the TTL
+    kept_at: float | None = None                # by the last keepalive
+    register_failed: bool = False               # the last call was a registration, and it failed
     failing_since: float | None = None
-    denied_since: float | None = None       # by 401, 403 or a name that is public for now
-    reregistered_at: float = -math.inf
+    failures: int = 0                           # since then
+    denied_since: float | None = None           # by 401, or by a name that is public for now
+
+
+class Promise(NamedTuple):
+    """How many GPUs workers may hold, and since when none can be there any more.
+
+    Lowering `gpu_count` below what workers hold, with CPU on offer, makes a counter of the gateway
+    wrap around, which then starts workers without end and cordons the whole pool (measured).
+    """
+
+    gpu_count: int                      # that were offered with CPU last
+    quiet_since: float | None = None    # no CPU is offered, the gateway knows it, no worker is seen
+    patience: float = math.inf          # seconds of quiet that are enough where workers are unknown
 
 
 class Gpu(NamedTuple):
-    """A card as the driver tells it; a lost one has no name."""
-
     name: str | None
     free: bool
 
@@ -180,56 +187,39 @@ class Metrics(NamedTuple):
     worker_count: int | None = None
 
 
-class Offer(NamedTuple):
-    """What is registered as this machine's capacity: millicores, MiB, GPUs. None is unknown."""
-
-    cpu: int | None
-    memory: int | None
-    gpu_count: int | None
-
-
 class Worker(NamedTuple):
-    """A worker's pod: its status as `kubectl get pods` shows it, and when it was made."""
+    """A worker's pod: its status as `kubectl get pods` shows it, and since when it is seen so."""
 
     status: str
     since: float
 
 
 class K3sView(NamedTuple):
-    """What a look at k3s found, or what is believed after several. None is unknown."""
+    """What a look at k3s found. None is unknown."""
 
     fault: str = ""                                 # why no worker can run, with the remedy
     workers: Mapping[str, Worker] | None = None     # by the names of the pods
-    gpu_count: int | None = None                    # that its node has for workers
+    node: Offer | None = None                       # what its node can give to workers
+    notice: str = ""                                # what a person should know besides
+    has_mig: bool = False                           # its node has parts of cards
+    token_refused: bool = False
 
 
-class K3sState(NamedTuple):
-    """What is believed of k3s, and what that rests on."""
+class Steady:
+    """Something that is looked at again and again: a change counts once two looks agree."""
 
-    view: K3sView
-    last: K3sView | None = None             # of the last look
-    seen: bool = False                      # usable at least once
-    since: float = 0.0                      # when it became usable, or unusable
+    def __init__(self) -> None:
+        self.value: Any = None      # what is believed; None before the first look
+        self.last: Any = None
 
-
-class OfferPlan(NamedTuple):
-    """What is offered, and what a lower `gpu_count` has to wait for.
-
-    Lowering it below what workers hold, with CPU on offer, makes a counter of the gateway wrap
-    around, which then starts workers without end and cordons the whole pool (measured).
-    """
-
-    offer: Offer
-    found: Offer                            # what two samples agreed on
-    sample: Offer                           # the last one
-    promised: int = 0                       # GPUs of the last offer with CPU: workers may hold them
-    held_until: float | None = None         # no CPU is offered before
-    lost_at: float | None = None            # GPUs, with the workers known that may hold them
-    reason: str = ""                        # why not all is offered, with the remedy
+    def look(self, new: Any) -> Any:
+        if self.value is None or new == self.last:
+            self.value = new
+        self.last = new
+        return self.value
 
 
 def format_host(host: str) -> str:
-    """The host as it stands in a URL."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -238,17 +228,14 @@ class Config(argparse.Namespace):
 
     @property
     def gateway(self) -> str:
-        """The gateway's URL."""
-        scheme = "https" if self.tls else "http"
-        return f"{scheme}://{format_host(self.gateway_host)}:{self.gateway_port}"
-
-    @property
-    def gateway_flags(self) -> str:
-        """The options that say where the gateway is."""
-        return "--ssh-gateway" if self.ssh else "--gateway-host and --gateway-port"
+        place = f"{format_host(self.gateway_host)}:{self.gateway_port}"
+        return f"https://{place}" if self.tls else f"http://{place}"
 
 
 # ---- 3 Decisions
+Draw = Callable[[float, float], float]      # a random number between two others
+
+
 def printable(value: object, limit: int = 200) -> str:
     """One line of at most `limit` characters, control characters spelled out."""
     text = str(value)[:limit]
@@ -257,11 +244,10 @@ def printable(value: object, limit: int = 200) -> str:
 
 def explain_error(error: BaseException) -> str:
     """What went wrong, without the system's number for it."""
-    return printable(getattr(error, "strerror", None) or error)
+    return printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
-def parse_json(body: bytes) -> Any:
-    """None for what is no JSON."""
+def parse_json(body: bytes | str) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -269,12 +255,14 @@ def parse_json(body: bytes) -> Any:
 
 
 def as_mapping(value: object) -> dict[str, Any]:
-    """The value where it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
+def as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def number_in(mapping: Mapping[str, Any], name: str) -> float | None:
-    """A number of a JSON object; None for anything else."""
     value: Any = mapping.get(name)      # True is no number, though Python has it be one
     return value if type(value) in (int, float) and abs(value) < 2 ** 63 else None
 
@@ -286,48 +274,35 @@ PRIVATE_NETWORKS = [ipaddress.ip_network(network) for network in (
 
 
 def is_private(address: str) -> bool:
-    """Whether only this machine, its site or its VPN can be at this IP address."""
     return any(ipaddress.ip_address(address) in network for network in PRIVATE_NETWORKS)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether the host is this machine, however it is written."""
     return re.fullmatch(r"(?i)localhost\.?|127\.[0-9.]+|[0:]+1", host) is not None
-
-
-def parse_retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds, 0 for none or garbage. A date counts from the answer's own `Date`."""
-    value = headers.get("Retry-After", "")
-    if value.isascii() and value.isdigit():
-        return float(value[:9])
-    import email.utils  # slow, and hardly ever needed
-    try:
-        until, sent = (email.utils.parsedate_to_datetime(text)
-                       for text in (value, headers.get("Date", "")))
-        return max(0.0, (until - sent).total_seconds())
-    except Exception:  # of any kind, from a stranger's text
-        return 0.0
 
 
 def describe_body(body: bytes) -> str:
     """An answer for the log, without what is nested in it, such as `config` with its secrets."""
     fields = as_mapping(parse_json(body))
     if not fields:
-        hidden = b"config" in body
-        return "not shown" if hidden else printable(body.decode(errors="replace"), 1000)
-    for key, value in fields.items():
-        if key == "config" or (isinstance(value, (dict, list)) and key != "machine_state"):
-            fields[key] = "not shown"
-    return printable(json.dumps(fields), 1000)
+        return "not shown" if b"config" in body else printable(body.decode(errors="replace"), 300)
+    return printable(json.dumps({key: "not shown" if isinstance(value, (dict, list)) else value
+                                 for key, value in fields.items()}), 1000)
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
 NEW_TOKEN = "Get a new one with `beta9 machine create --pool {config.pool_name}`"
-TRY_HEALTH = ("Check {config.gateway_flags};"
+TRY_HEALTH = ("Check --gateway-host and --gateway-port;"
               " `curl {config.gateway}/api/v1/health` should answer")
 
-# What an answer means that is no confirmation. The first pattern that matches the line
-# "<call> <status> <what it says>" wins: the gateway says 500 for a bad pool name, for a machine
-# that it forgot and for real trouble alike. Source: the gateway's handlers.
+# What an answer means that is no confirmation, by the first pattern that matches the line "<call>
+# <status> <what it says>": the gateway says 500 for a bad pool name, for a machine that it forgot
+# and for real trouble alike. Source: the gateway's handlers.
 ANSWERS = (
     ("keepalive .*(machine_expired|machine.not.found)", Kind.FORGOTTEN,
      "The gateway does not know this machine any more, as after a restart of its Redis"),
@@ -337,32 +312,32 @@ ANSWERS = (
      "Look at what is sent with --dry-run"),
     (".*unable to create remote config|keepalive 404 not found", Kind.REFUSED,
      "This is an upstream gateway, without keepalive route: the Beta9 fork is needed"),
-    (r"\S+ 401|.*invalid_token", Kind.DENIED,
-     "The token is unknown, expired or disabled, or the gateway's database is away. " + NEW_TOKEN),
-    (r"\S+ 403", Kind.FORBIDDEN, "This is a token of another kind, not a machine's. " + NEW_TOKEN),
-    (r"\S+ 3", Kind.TROUBLE, "Redirects are never followed. " + TRY_HEALTH),
+    (r"\S+ 401 \S|.*invalid_token", Kind.DENIED,
+     "The token is unknown or disabled, or the gateway's database is away. " + NEW_TOKEN),
+    (r"\S+ 403 \S", Kind.FORBIDDEN,
+     "This is a token of another kind, not a machine's. " + NEW_TOKEN),
+    (r"\S+ 40[137]", Kind.TROUBLE,
+     "That is no answer of the gateway, but of something in between. " + TRY_HEALTH),
+    (r"\S+ 3", Kind.TROUBLE, "Redirects are never followed: give the address that it leads to,"
+     " and --tls for https"),
     (r"\S+ (5|429)", Kind.TROUBLE, "The gateway, its Redis or database has trouble. " + TRY_HEALTH),
     ("", Kind.TROUBLE, "Is this the gateway? " + TRY_HEALTH),
 )
 
 
-def explain_answer(call: str, status: int, headers: Mapping[str, str], body: bytes,
-                   config: Config) -> Outcome:
-    """What an answer means that is no confirmation."""
-    fields = as_mapping(parse_json(body))
-    parts = [fields.get(key) for key in ("error_code", "message", "suggestion")]
-    said = " ".join(str(part) for part in parts if part)
-    line = f"{call} {status} {said}".lower()
+def explain_answer(call: str, answer: Answer, config: Config) -> Outcome:
+    fields, headers = as_mapping(parse_json(answer.body)), answer.headers
+    said = " ".join(str(fields[key]) for key in ("error_code", "message", "suggestion")
+                    if fields.get(key))
+    line = f"{call} {answer.status} {said}".lower()
     kind, remedy = next(row[1:] for row in ANSWERS if re.match(row[0], line, re.DOTALL))
-    if 300 <= status < 400:
-        location = headers.get("Location", "nowhere")
-        said = f"redirect to {location}"
-        tls_here = f"(?i)https://{re.escape(format_host(config.gateway_host))}(:[0-9]+)?(/|$)"
-        if not config.tls and re.match(tls_here, location):
-            remedy = "Redirects are never followed: give --tls, and the port of https"
-    said = said or f"{headers.get('Content-Type')} {describe_body(body) or 'empty'}"
-    return Outcome(kind, f"{status} {printable(said)}", remedy.format(config=config),
-                   retry_after=parse_retry_after(headers) if status in (429, 503) else 0.0)
+    if 300 <= answer.status < 400:
+        said = f"a redirect to {headers.get('Location')}"
+    said = said or f"{headers.get('Content-Type')}: {describe_body(answer.body) or 'empty'}"
+    wait = headers.get("Retry-After", "") if answer.status in (429, 503) else ""
+    return Outcome(kind, f"the answer was {answer.status}, {printable(said, 300)}",
+                   remedy.format(config=config),
+                   retry_after=float(wait) if re.fullmatch("[0-9]{1,9}", wait, re.ASCII) else 0.0)
 
 
 def explain_placement(fields: Mapping[str, Any], config: Config) -> str:
@@ -374,103 +349,40 @@ def explain_placement(fields: Mapping[str, Any], config: Config) -> str:
                 " configuration, or let it log in to a tailnet")
     pools = as_mapping(as_mapping(as_mapping(fields.get("config")).get("worker")).get("pools"))
     pool = as_mapping(pools.get(config.pool_name))
-    mode, provider = pool.get("mode", "external"), pool.get("provider") or config.provider_name
-    if mode != "external":
-        return (f"pool {config.pool_name} is of mode {printable(mode, 60)}, so the gateway never"
-                " looks at this machine: give a pool of mode external")
-    if provider != config.provider_name:
-        return (f"pool {config.pool_name} is of provider {printable(provider, 60)}, so the gateway"
-                f" never looks at this machine: give --provider-name {printable(provider, 60)}")
+    for name, own, remedy in (
+            ("mode", "external", "give a pool of mode external"),
+            ("provider", config.provider_name, "give its provider as --provider-name")):
+        value = pool.get(name) or own
+        if value != own:
+            return (f"pool {config.pool_name} is of {name} {printable(value, 60)}, so the gateway"
+                    f" never looks at this machine: {remedy}")
     return ""
 
 
-def classify(call: str, status: int, headers: Mapping[str, str], body: bytes, machine_id: str,
-             config: Config) -> Outcome:
+def classify(call: str, answer: Answer, config: Config, machine_id: str) -> Outcome:
     """What the gateway's answer to a register or keepalive means. Source: gateway-api."""
-    answer = parse_json(body)
-    fields = as_mapping(answer)
+    said = parse_json(answer.body)
+    fields = as_mapping(said)
     state = as_mapping(fields.get("machine_state"))
-    confirmed = (isinstance(answer, dict) and status == 200 and not fields.get("error_code")
+    confirmed = (answer.status == 200 and isinstance(said, dict) and not fields.get("error_code")
                  and (call == REGISTER or fields.get("status") == "ok")
                  and state.get("machine_id", machine_id) == machine_id)
     if not confirmed:
-        return explain_answer(call, status, headers, body, config)
-    ttl: Any = state.get("ttl_seconds")
-    sane = type(ttl) in (int, float) and 1 <= ttl <= 86400
+        return explain_answer(call, answer, config)
+    ttl = number_in(state, "ttl_seconds")
+    sane = ttl is not None and 1 <= ttl <= 86400
     return Outcome(Kind.OK, ttl=ttl if sane else None, placement=explain_placement(fields, config))
 
 
-# Nothing that fits can be an option of ssh, or a command in the shell that it runs for ProxyJump.
-HOST_PATTERN = r"([A-Za-z0-9_][\w.-]*|\[[0-9A-Fa-f:.]+\])"
-SSH_HOST_PATTERN = rf"(?:([A-Za-z0-9_][\w.-]*)@)?{HOST_PATTERN}(?::([0-9]{{1,5}}))?"
-
-
-def split_place(text: str) -> tuple[str, str, str]:
-    """User, host and port of [user@]host[:port], "" for what is not there."""
-    found = re.fullmatch(SSH_HOST_PATTERN, text, re.ASCII)
-    return (found[1] or "", found[2].strip("[]"), found[3] or "") if found else ("", "", "")
-
-
-# What ssh's words mean. The first pattern that is in any line of them holds.
-SSH_WORDS = (
-    ("IDENTIFICATION HAS CHANGED", "Its host key is not the one in known_hosts: somebody may sit in"
-     " between. {compare}, then correct known_hosts"),
-    ("Host key verification failed", "Its host key is not in known_hosts. {compare}, then"
-     " `{keyscan} >> ~/.ssh/known_hosts`"),
-    ("not accessible|UNPROTECTED PRIVATE KEY|Load key",
-     "Check --ssh-identity: a private key that only this user can read"),
-    ("Permission denied|Too many authentication", "The public half of {key} must be in"
-     " authorized_keys of {user} there, and the key must have no passphrase"),
-    ("remote port forwarding failed", "Port {config.ssh_reverse} there is taken, or not in"
-     " permitlisten in authorized_keys. Check --ssh-reverse"),
-    ("administratively prohibited",
-     "permitopen in authorized_keys there must say {config.ssh_gateway}"),
-    ("open failed", "Is the gateway at {config.ssh_gateway}, seen from there? Check --ssh-gateway"),
-    ("", "Check --ssh, and that sshd is up there: `ssh -v` says more"),
-)
-
-
-def explain_ssh(said: str, config: Config) -> tuple[str, str]:
-    """The line that matters of what ssh said, "" for none, and the remedy."""
-    user, host, port = split_place(config.ssh)
-    lines = [line.strip(" \r.@") for line in said.split("\n") if line.strip()] or [""]
-    line, remedy = next((line, remedy) for pattern, remedy in SSH_WORDS
-                        for line in reversed(lines) if re.search(pattern, line))
-    keyscan = f"ssh-keyscan -p {port or 22} {host}"
-    return printable(line), remedy.format(
-        config=config, user=user or "the user", key=config.ssh_identity or "a key in ~/.ssh",
-        keyscan=keyscan, compare=f"Compare `{keyscan} | ssh-keygen -lf -` with `ssh-keygen -lf"
-        " /etc/ssh/ssh_host_ed25519_key.pub` there")
-
-
-Draw = Callable[[float, float], float]      # a random number between two others
-
-
 def backoff(failing_for: float, cap: float, draw: Draw) -> float:
-    """Seconds to the next attempt: full jitter, from a floor to a ceiling that grows with the
-    outage.
-
-    Drawn after the cap, so that a fleet stays spread when all have reached it.
+    """Seconds to the next try: full jitter, whose ceiling grows with the outage. Drawn after the
+    cap, so that a fleet stays spread when all have reached it.
     """
     ceiling = min(max(4.0, min(failing_for, 60.0)), cap)
     return draw(min(1.0, ceiling / 4), ceiling)
 
 
-def tunnel_pause(failures: int, draw: Draw) -> float:
-    """Seconds from the last of so many failures of ssh in a row to its next start."""
-    ceiling = min(2.0 ** min(failures, 5), 30.0)
-    return draw(ceiling / 2, ceiling)
-
-
-def next_call(lease: Lease, now: float) -> str:
-    """Keepalive, or register where this machine is not registered or its TTL is over."""
-    known = (lease.registered and lease.confirmed_at is not None
-             and now - lease.confirmed_at <= lease.ttl)
-    return KEEPALIVE if known else REGISTER
-
-
 def interval_of(lease: Lease, config: Config) -> float:
-    """Seconds between keepalives, never over a third of the TTL."""
     return min(float(config.keepalive_interval), lease.ttl / 3)
 
 
@@ -481,746 +393,651 @@ def deadline_of(call: str, lease: Lease, config: Config) -> float:
     return max(2.0, min(REQUEST_DEADLINE, interval_of(lease, config)))
 
 
-def lease_after_success(lease: Lease, call: str, now: float, interval: float, draw: Draw) -> Lease:
-    """The lease after a confirmed call."""
-    if call == REGISTER:    # kept alive at once: a machine that is just registered takes no work
-        # Only a later registration counts as another one.
-        again = lease.reregistered_at if lease.confirmed_at is None else now
-        return lease._replace(due=now, registered=True, kept=False, confirmed_at=now,
-                              denied_since=None, reregistered_at=again)
-    # The first pause is random, so that machines started together spread out.
-    pause = interval * (draw(0.9, 1.1) if lease.kept else draw(0.1, 1.0))
-    overdue = lease.due + pause <= now      # after a suspend: what was missed is not made up
-    return lease._replace(due=(now if overdue else lease.due) + pause, kept=True, confirmed_at=now,
-                          failing_since=None, denied_since=None)
+def next_call(lease: Lease, wanted: Registration, now: float) -> str:
+    """Keepalive where the gateway knows the wanted registration within its TTL, else register.
+
+    After a registration that failed comes a keepalive, so that a known machine stays ready; but not
+    where the gateway would place more here than there is room for.
+    """
+    if lease.registered is None or now - lease.confirmed_at > lease.ttl:
+        return REGISTER
+    held = {lease.registered.offer, (lease.unconfirmed or lease.registered).offer}
+    too_large = any(offer.cpu > wanted.offer.cpu or offer.gpu_count > wanted.offer.gpu_count
+                    for offer in held)
+    known = lease.registered == wanted and lease.unconfirmed is None
+    return KEEPALIVE if known or (lease.register_failed and not too_large) else REGISTER
 
 
-def lease_after_failure(lease: Lease, outcome: Outcome, now: float, interval: float,
-                        draw: Draw) -> Lease:
+def next_due(lease: Lease, call: str, lost_ssh: bool, now: float) -> float:
+    """When the next call is due. What the gateway does not know yet is told at once, and a lost ssh
+    is replaced soon, as the gateway's way to k3s can go through it; in an outage all waits.
+    """
+    if lease.failing_since is not None:
+        return lease.due
+    if call == REGISTER:
+        return now
+    return min(lease.due, lease.confirmed_at + LOOK_PERIOD) if lost_ssh else lease.due
+
+
+def lease_after_failure(lease: Lease, call: str, wanted: Registration, outcome: Outcome,
+                        now: float, interval: float, draw: Draw) -> Lease:
     """The lease after a call that failed."""
     since = now if lease.failing_since is None else lease.failing_since
     denied_since = None
-    if outcome.kind in (Kind.DENIED, Kind.FORBIDDEN, Kind.UNSAFE_NAME):
+    if outcome.kind in (Kind.DENIED, Kind.UNSAFE):
         denied_since = now if lease.denied_since is None else lease.denied_since
-    lease = lease._replace(failing_since=since, denied_since=denied_since)
-    if outcome.kind is Kind.FORGOTTEN:      # registers at once, then once an interval
-        due = max(now, lease.reregistered_at + interval)
-        return lease._replace(due=due, registered=False)
+    forgotten = outcome.kind is Kind.FORGOTTEN
+    pause = backoff(now - since, interval * 1.1, draw)
     if outcome.retry_after > 0:
         pause = min(outcome.retry_after, 75.0, lease.ttl / 4) + draw(0.0, min(25.0, lease.ttl / 12))
-        return lease._replace(due=now + pause)
-    denied_later = denied_since is not None and lease.confirmed_at is not None
-    failing_for = math.inf if denied_later else now - since     # the longest pause
-    return lease._replace(due=now + backoff(failing_for, interval * 1.1, draw))
+    elif forgotten and lease.failing_since is None:
+        pause = 0.0     # registers at once; with pauses where it is forgotten again and again
+    if forgotten:
+        lease = lease._replace(registered=None, unconfirmed=None)
+    return lease._replace(
+        due=now + pause, unconfirmed=wanted if call == REGISTER else lease.unconfirmed,
+        register_failed=call == REGISTER, failing_since=since, failures=lease.failures + 1,
+        denied_since=denied_since)
 
 
-def lease_after(lease: Lease, call: str, outcome: Outcome, now: float, config: Config,
-                draw: Draw) -> Lease:
+def lease_after(lease: Lease, call: str, wanted: Registration, outcome: Outcome, now: float,
+                config: Config, draw: Draw) -> Lease:
     """What a call that ended so at `now` makes of the lease: the whole schedule."""
-    if outcome.ttl is not None:
-        lease = lease._replace(ttl=outcome.ttl)
+    lease = lease._replace(ttl=outcome.ttl or lease.ttl)
     interval = interval_of(lease, config)
-    if outcome.kind is Kind.OK:
-        return lease_after_success(lease, call, now, interval, draw)
-    return lease_after_failure(lease, outcome, now, interval, draw)
+    if outcome.kind is not Kind.OK:
+        return lease_after_failure(lease, call, wanted, outcome, now, interval, draw)
+    lease = lease._replace(confirmed_at=now, denied_since=None, register_failed=False)
+    if call == REGISTER:    # kept alive at once: a machine that is only registered takes no work
+        return lease._replace(due=now, registered=wanted, unconfirmed=None)
+    if next_call(lease, wanted, now) == REGISTER and lease.failing_since is not None:
+        # Kept alive, but the registration that failed is still owed: on with the backoff.
+        pause = backoff(now - lease.failing_since, interval * 1.1, draw)
+        return lease._replace(due=now + pause, kept_at=now)
+    # The first pause is random, so that machines started together spread out.
+    pause = interval * (draw(0.1, 1.0) if lease.kept_at is None else draw(0.9, 1.1))
+    due = min(lease.due, now) + pause       # a call can be early, as after a lost ssh
+    if due <= now:                          # after a suspend: what was missed is not made up
+        due = now + pause
+    return lease._replace(due=due, kept_at=now, failing_since=None, failures=0)
 
 
-def exit_code_after(outcome: Outcome, lease: Lease, waited: float, now: float,
+def patience_ends(lease: Lease, started_at: float, config: Config) -> float:
+    """When to give up; never after the first ready."""
+    if lease.kept_at is not None:
+        return math.inf
+    timeout = math.inf if config.startup_timeout is None else config.startup_timeout
+    denied = math.inf if lease.denied_since is None else lease.denied_since + DENIED_PATIENCE
+    return min(started_at + timeout, denied)
+
+
+def exit_code_after(outcome: Outcome, lease: Lease, started_at: float, now: float,
                     config: Config) -> int | None:
-    """The exit code of a failure before the first ready, `waited` seconds in; None: go on."""
-    hopeless = outcome.kind in (Kind.FORBIDDEN, Kind.REFUSED, Kind.UNSAFE)
-    late = config.startup_timeout is not None and waited >= config.startup_timeout
-    denied = lease.denied_since is not None and now - lease.denied_since >= DENIED_PATIENCE
-    return EXIT_CODES[outcome.kind] if config.once or hopeless or late or denied else None
+    """The exit code of a failure; None: go on, as always after the first ready."""
+    hopeless = config.once or outcome.kind in (Kind.FORBIDDEN, Kind.REFUSED)
+    over = hopeless or now >= patience_ends(lease, started_at, config)
+    failed = outcome.kind is not Kind.OK and lease.kept_at is None
+    return EXIT_CODES.get(outcome.kind, 69) if failed and over else None
 
 
-def offer_of(metrics: Metrics, gpus: list[Gpu] | None, config: Config) -> Offer:
-    """What is there, under the operator's caps; a lost GPU is not."""
-    def capped(found: int | None, cap: int | None) -> int | None:
-        return found if found is None or cap is None else min(found, cap)
-
-    gpu_count = None if gpus is None else sum(gpu.name is not None for gpu in gpus)
-    return Offer(capped(metrics.total_cpu_available, config.max_cpu),
-                 capped(metrics.total_memory_available, config.max_memory),
-                 capped(gpu_count, config.max_gpus))
-
-
-QUANTITIES = {"m": 1.0, "": 1000.0, "Mi": 1.0, "Gi": 1024.0}    # in millicores, and in MiB
-
-
-def parse_quantity(text: object) -> float:
-    """Millicores of "8000m" or "8", MiB of "16Gi" or "512Mi"; 0 for anything else."""
-    found = re.fullmatch("([0-9]{1,15})(m|Mi|Gi|)", str(text))
-    return float(found[1]) * QUANTITIES[found[2]] if found else 0.0
+def offer_of(metrics: Metrics, gpus: list[Gpu] | None, before: Offer, config: Config) -> Offer:
+    """What is there, under the operator's caps; a lost GPU is not. What is unknown, and what
+    changed by less than 1 %, is as before.
+    """
+    count = None if gpus is None else sum(gpu.name is not None for gpu in gpus)
+    values = []
+    for found, old, cap in (
+            (metrics.total_cpu_available, before.cpu, config.max_cpu),
+            (metrics.total_memory_available, before.memory, config.max_memory),
+            (count, before.gpu_count, config.max_gpus)):
+        value = min(old if found is None else found, math.inf if cap is None else cap)
+        values.append(old if abs(value - old) < old / 100 else int(value))
+    return Offer(*values)
 
 
-def parse_expiry(token: str) -> float | None:
+NO_CPU = "no worker can run here and no CPU is offered"
+TRY_PLUGIN = ("is NVIDIA's device plugin in `kubectl get pods -A`, and was nvidia-container-runtime"
+              " there before k3s started?")
+TRY_MIG = ("cards are split by MIG, whose parts have names of their own, nvidia.com/mig-...: have"
+           " the device plugin use MIG_STRATEGY=single, or end it with `nvidia-smi -mig 0`")
+
+
+def fit_to_node(found: Offer, view: K3sView) -> tuple[Offer, str]:
+    """No more than k3s's node can give, as an offer above it makes pods that stay Pending; and why,
+    where that is fewer GPUs.
+    """
+    offer = found if view.node is None else Offer(*map(min, found, view.node))
+    if offer.gpu_count == found.gpu_count:
+        return offer, ""
+    return offer, (f"k3s has {offer.gpu_count} of {found.gpu_count} GPUs for workers, and no more"
+                   f" are offered: {TRY_MIG if view.has_mig else TRY_PLUGIN}")
+
+
+def plan_offer(found: Offer, promise: Promise, view: K3sView, registered: Offer | None,
+               now: float) -> tuple[Offer, Promise, str]:
+    """What to register, what workers may hold then, and why it is not all that is there.
+
+    Without CPU on offer the gateway places nothing. That is right where no worker can run, as the
+    gateway else tries once a second, for ever (measured), and while workers may hold more GPUs than
+    are left. `registered` is what the gateway has confirmed last.
+    """
+    offer, reason = fit_to_node(found, view)
+    if offer.gpu_count >= promise.gpu_count:
+        if view.fault:
+            return offer._replace(cpu=0), promise._replace(quiet_since=None), view.fault
+        return offer, Promise(offer.gpu_count), reason
+    closed = (registered is not None and registered.cpu == 0
+              and registered.gpu_count == offer.gpu_count)
+    quiet_since = None
+    if closed and not view.workers and not view.fault:
+        quiet_since = now if promise.quiet_since is None else promise.quiet_since
+    patience = promise.patience if view.workers is None else WORKER_PATIENCE
+    if quiet_since is not None and now - quiet_since >= patience:
+        return offer, Promise(offer.gpu_count), reason
+    count = "unknown" if view.workers is None else str(len(view.workers))
+    until = f"until {patience / 60:.0f} minutes after the last worker has ended"
+    if view.workers is None:
+        until = "until a restart" if patience == math.inf else f"for {patience / 60:.0f} minutes"
+    return offer._replace(cpu=0), promise._replace(quiet_since=quiet_since), view.fault or (
+        f"{offer.gpu_count} GPUs are here where {promise.gpu_count} were offered, and workers may"
+        f" hold the others (workers now: {count}): no work is taken {until}. Look at `nvidia-smi`,"
+        " and `beta9 machine drain` this machine")
+
+
+TRY_K3S = "look at `systemctl status k3s`, and check --k3s-url and --k3s-ca-file"
+TRY_ACCOUNT = "apply what --print k3s-account prints"
+UNITS = {"": 1.0, "m": 0.001, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
+         "Ki": 2.0 ** 10, "Mi": 2.0 ** 20, "Gi": 2.0 ** 30, "Ti": 2.0 ** 40}
+
+
+def parse_quantity(text: object) -> float | None:
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)([a-zA-Z]{0,2})", str(text))
+    return float(found[1]) * UNITS[found[2]] if found and found[2] in UNITS else None
+
+
+def find_node(body: bytes, hostname: str) -> dict[str, Any] | None:
+    """This machine's node in a NodeList: the only one, or the one of its name; {} where there is no
+    node at all, None where it is not known which one it is.
+    """
+    answer = as_mapping(parse_json(body))
+    if answer.get("kind") != "NodeList":
+        return None
+    nodes = [as_mapping(node) for node in as_list(answer.get("items"))] or [{}]
+    named = [node for node in nodes
+             if as_mapping(node.get("metadata")).get("name") == hostname.lower()]
+    return nodes[0] if len(nodes) == 1 else named[0] if named else None
+
+
+def explain_node(node: Mapping[str, Any]) -> str:
+    if not node:
+        return "k3s has no node: see `kubectl get nodes` and `journalctl -u k3s`"
+    spec, name = as_mapping(node.get("spec")), as_mapping(node.get("metadata")).get("name")
+    name = f"node {printable(name, 60)}"
+    if spec.get("unschedulable") is True:
+        return f"{name} is cordoned: `kubectl uncordon {name[5:]}` ends that"
+    conditions = {str(each.get("type")): each for each in map(
+        as_mapping, as_list(as_mapping(node.get("status")).get("conditions")))}
+    ready = conditions.get("Ready", {})
+    if ready.get("status") != "True":
+        state = "Unknown" if ready.get("status") == "Unknown" else "NotReady"
+        why = printable(ready.get("message") or ready.get("reason") or "no reason is given", 160)
+        return f"{name} is {state}, {why}: see `journalctl -u k3s`"
+    for pressure in ("MemoryPressure", "DiskPressure", "PIDPressure"):
+        if conditions.get(pressure, {}).get("status") == "True":
+            return f"{name} has {pressure}: free some, see `kubectl describe {name}`"
+    for taint in map(as_mapping, as_list(spec.get("taints"))):
+        if taint.get("effect") in ("NoSchedule", "NoExecute"):
+            text = printable(f"{taint.get('key')}:{taint['effect']}", 100)
+            return f"{name} has the taint {text}: `kubectl taint {name} {text}-` ends that"
+    return ""
+
+
+def parse_allocatable(node: Mapping[str, Any]) -> Offer | None:
+    given = as_mapping(as_mapping(node.get("status")).get("allocatable"))
+    cpu, memory = parse_quantity(given.get("cpu")), parse_quantity(given.get("memory"))
+    gpus = parse_quantity(given.get("nvidia.com/gpu", "0"))
+    if cpu is None or memory is None or gpus is None:
+        return None
+    return Offer(int(cpu * 1000), int(memory / 2 ** 20), int(gpus))
+
+
+AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "y": 365 * 86400}
+
+
+def parse_workers(body: bytes, before: Mapping[str, Worker],
+                  now: float) -> dict[str, Worker] | None:
+    """The pods in a Table of the Kubernetes API, with since when they are in their present state,
+    as far as is known; None where it is no Table.
+    """
+    table = as_mapping(parse_json(body))
+    if table.get("kind") != "Table":
+        return None
+    columns = [str(as_mapping(column).get("name"))
+               for column in as_list(table.get("columnDefinitions"))]
+    workers = {}
+    for row in as_list(table.get("rows"))[:1000]:
+        cells = dict(zip(columns, as_list(as_mapping(row).get("cells"))))
+        name, status = printable(cells.get("Name"), 100), printable(cells.get("Status"), 60)
+        old = before.get(name)
+        if old is None:
+            age = sum(int(count) * AGE_UNITS[unit] for count, unit in re.findall(
+                "([0-9]{1,9})([smhdy])", str(cells.get("Age"))))
+            workers[name] = Worker(status, now - age)
+        else:
+            workers[name] = old if old.status == status else Worker(status, now)
+    return workers
+
+
+def explain_workers(workers: Mapping[str, Worker], now: float) -> str:
+    for name, worker in workers.items():
+        stuck = worker.status == "Pending" and now - worker.since > PENDING_PATIENCE
+        if stuck or re.search("BackOff|Err|Invalid|Failed|Evicted|OOMKilled", worker.status):
+            return f"worker {name} cannot run, {worker.status}: see `kubectl describe pod {name}`"
+    return ""
+
+
+def count_running(workers: Mapping[str, Worker] | None) -> int | None:
+    return None if workers is None else [each.status for each in workers.values()].count("Running")
+
+
+def explain_k3s_answer(answer: Answer) -> str:
+    said = printable(as_mapping(parse_json(answer.body)).get("message") or "no Kubernetes API", 160)
+    if answer.status == 401:
+        return (f"k3s refuses the token, which expired or whose account was deleted, so {NO_CPU}:"
+                " `systemctl start beta9-k3s-token` makes a new one where the install script set it"
+                " up, else `kubectl create token`")
+    if answer.status == 403:
+        return (f"the k3s token is forbidden what the gateway does ({said}), so {NO_CPU}:"
+                f" {TRY_ACCOUNT}")
+    return f"k3s answers {answer.status}, {said}, so {NO_CPU}: {TRY_K3S}"
+
+
+def judge_k3s(workers: Mapping[str, Worker], node: Mapping[str, Any] | None,
+              now: float) -> K3sView:
+    """The view of workers and of this machine's node, None where it is not known."""
+    trouble = explain_workers(workers, now)
+    if node is not None:
+        fault = explain_node(node)
+        return K3sView(f"{fault}; so {NO_CPU}" if fault else "", workers, parse_allocatable(node),
+                       trouble, "nvidia.com/mig-" in str(node.get("status")))
+    stuck = bool(workers) and all(each.status == "Pending" and now - each.since > PENDING_PATIENCE
+                                  for each in workers.values())
+    return K3sView(f"{trouble}; so {NO_CPU}" if stuck else "", workers, None, trouble or (
+        "this machine's node is not known, as the token may not read it, or several are there and"
+        f" none of this name: {TRY_ACCOUNT}"))
+
+
+def parse_expiry(token: Secret | None) -> float | None:
     """When a JWT expires, in seconds since 1970; None for one without end, and for no JWT."""
-    import base64
-    part = f"{token}..".split(".")[1]
+    part = f"{token.reveal() if token else ''}..".split(".")[1]
     with contextlib.suppress(ValueError):
         claims = parse_json(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
         return number_in(as_mapping(claims), "exp")
     return None
 
 
-# What the gateway does in k3s: API group, resource, verb. Source: gateway-api.
-NEEDED_RULES = (("batch", "jobs", "list"), ("batch", "jobs", "create"), ("batch", "jobs", "delete"),
-                ("", "pods", "list"))
-NO_CPU = "so no worker can run here and no CPU is offered"
-TRY_K3S = "look at `systemctl status k3s`, and check --k3s-url and --k3s-ca-file"
-TRY_PLUGIN = ("is NVIDIA's device plugin in `kubectl get pods -A`, and was nvidia-container-runtime"
-              " there before k3s started? See `nvidia-smi` too")
-NEW_K3S_TOKEN = "make a new one with `kubectl create token`"
-
-
-def as_list(value: object) -> list[Any]:
-    """The value where it is a JSON array, else an empty one."""
-    return value if isinstance(value, list) else []
-
-
-def allows(rule: object, group: str, resource: str, verb: str) -> bool:
-    """Whether a rule of a SelfSubjectRulesReview allows this for every object."""
-    fields = as_mapping(rule)
-    return not fields.get("resourceNames") and all(
-        {word, "*"} & {str(each) for each in as_list(fields.get(key))}
-        for key, word in (("apiGroups", group), ("resources", resource), ("verbs", verb)))
-
-
-def explain_rules(status: int, body: bytes) -> str:
-    """Why the gateway cannot use k3s, by a SelfSubjectRulesReview; "" where it can."""
-    fields = as_mapping(parse_json(body))
-    rules = as_mapping(fields.get("status")).get("resourceRules")
-    if status == 401:
-        return (f"k3s refuses the token, which expired or whose account was deleted, {NO_CPU}:"
-                f" {NEW_K3S_TOKEN}")
-    if status == 201 and isinstance(rules, list):
-        missing = [f"{verb} {resource}" for group, resource, verb in NEEDED_RULES
-                   if not any(allows(rule, group, resource, verb) for rule in rules)]
-        if not missing:
-            return ""
-        return (f"the k3s token may not {', '.join(missing)} in namespace default, {NO_CPU}: apply"
-                " what --print-file k3s-accounts prints")
-    said = printable(fields.get("message") or "no Kubernetes API", 120)
-    return f"k3s answers {status}, {said}, {NO_CPU}: {TRY_K3S}"
-
-
-AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "y": 365 * 86400}
-
-
-def parse_workers(body: bytes, now: float) -> dict[str, Worker] | None:
-    """The pods in a Table of the Kubernetes API; None where it is none."""
-    table = as_mapping(parse_json(body))
-    if table.get("kind") != "Table":
-        return None
-    columns = [as_mapping(each).get("name") for each in as_list(table.get("columnDefinitions"))]
-    workers = {}
-    for row in as_list(table.get("rows")):
-        cells = dict(zip(map(str, columns), as_list(as_mapping(row).get("cells"))))
-        ages = re.findall("([0-9]{1,9})([smhdy])", str(cells.get("Age")))
-        age = sum(int(count) * AGE_UNITS[unit] for count, unit in ages)
-        workers[printable(cells.get("Name"), 100)] = Worker(printable(cells.get("Status"), 60),
-                                                            now - age)
-    return workers
-
-
-def count_running(workers: Mapping[str, Worker] | None) -> int | None:
-    """The workers that run; None where they are not known."""
-    return None if workers is None else [each.status for each in workers.values()].count("Running")
-
-
-def find_node(body: bytes, hostname: str) -> dict[str, Any]:
-    """This machine's node in a NodeList: the only one, or the one of its name; else {}."""
-    nodes = [as_mapping(node) for node in as_list(as_mapping(parse_json(body)).get("items"))]
-    named = [node for node in nodes
-             if as_mapping(node.get("metadata")).get("name") == hostname.lower()]
-    chosen = nodes if len(nodes) == 1 else named
-    return chosen[0] if chosen else {}
-
-
-def count_node_gpus(node: Mapping[str, Any]) -> int | None:
-    """The GPUs that k3s can give to workers, 0 without a device plugin; None for no node."""
-    allocatable = as_mapping(as_mapping(node.get("status")).get("allocatable"))
-    count = str(allocatable.get("nvidia.com/gpu", "0"))
-    return int(count) if node and re.fullmatch("[0-9]{1,5}", count) else None
-
-
-def believe(state: K3sState, look: K3sView, now: float) -> K3sState:
-    """What is believed after one more look. Usability and GPU count change after two equal looks in
-    a row, as k3s and its device plugin restart; the first good look is believed at once.
-    """
-    view, last = state.view, state.last
-    usable = look.fault == ""
-    changes = usable != (view.fault == "")
-    confirmed = last is not None and usable == (last.fault == "")
-    if usable and not state.seen:
-        confirmed = True
-    fault = view.fault if changes and not confirmed else look.fault
-    gpu_count = view.gpu_count
-    agreed = last is not None and look.gpu_count == last.gpu_count
-    if look.gpu_count is not None and (agreed or gpu_count is None):
-        gpu_count = look.gpu_count
-    workers, known = look.workers, view.workers or {}
-    if workers is not None:     # the age of a pod is told in whole seconds, minutes or hours
-        workers = {name: worker._replace(since=known.get(name, worker).since)
-                   for name, worker in workers.items()}
-    return K3sState(K3sView(fault, workers, gpu_count), look, state.seen or usable,
-                    now if changes and confirmed else state.since)
-
-
-def plan_after_loss(plan: OfferPlan, offer: Offer, workers: Mapping[str, Worker] | None,
-                    now: float) -> OfferPlan:
-    """What to offer where there are fewer GPUs than workers may hold."""
-    gpus, promised = offer.gpu_count or 0, plan.promised
-    lost = f"{promised - gpus} of {promised} GPUs are lost"
-    fewer = gpus < (plan.offer.gpu_count or 0)
-    if workers is not None:
-        lost_at = now if plan.lost_at is None or fewer else plan.lost_at
-        plan = plan._replace(lost_at=lost_at, held_until=None)
-        # One may have been placed until the gateway knew that there is no CPU any more.
-        if not workers and now - lost_at >= LOSS_PATIENCE:
-            return plan._replace(offer=offer, promised=gpus, lost_at=None, reason="")
-    if plan.lost_at is not None:
-        count = "unknown" if workers is None else len(workers)
-        reason = (f"{lost}: no work is taken until the workers that may hold them have ended (now:"
-                  f" {count}): look at `nvidia-smi`; `beta9 machine drain` helps")
-    elif plan.held_until is None:       # lost while workers may run
-        reason = (f"{lost}, but stay registered, as the"
-                  " gateway cannot take them back from workers: look at `nvidia-smi`, then"
-                  " `beta9 machine drain` this machine and restart the agent")
-        return plan._replace(offer=offer._replace(gpu_count=promised), reason=reason)
-    else:
-        reason = (f"{gpus} GPUs are offered where {promised} were before the start: no work is"
-                  f" taken for {WORKER_PATIENCE / 60:.0f} minutes, in which idle workers end")
-        if fewer:           # workers get the time anew
-            plan = plan._replace(held_until=now + WORKER_PATIENCE)
-    return plan._replace(offer=offer._replace(cpu=0), reason=reason)
-
-
-def plan_offer(plan: OfferPlan, sample: Offer | None, k3s: K3sView, now: float) -> OfferPlan:
-    """What to offer after a sample of the machine, None for none, and with what is believed of k3s.
-
-    Another capacity counts once two samples agree; what is unknown in one stays as it was. Where
-    k3s has a fault no worker can run: without CPU on offer the gateway does not try, which it else
-    does once a second, for ever (measured).
-    """
-    if sample is not None:
-        if sample.gpu_count is None and plan.held_until is not None:    # the driver hangs
-            plan = plan._replace(held_until=now + WORKER_PATIENCE)
-        sample = Offer(*(old if new is None else new for new, old in zip(sample, plan.sample)))
-        found = sample if sample == plan.sample else plan.found
-        plan = plan._replace(found=found, sample=sample)
-    cpu, memory, gpus = (value or 0 for value in plan.found)
-    shortage = ""
-    if k3s.gpu_count is not None and k3s.gpu_count < gpus:
-        shortage = (f"k3s has {k3s.gpu_count} of {gpus} GPUs for workers, and no more are offered:"
-                    f" {TRY_PLUGIN}")
-        gpus = k3s.gpu_count
-    offer = Offer(cpu, memory, gpus)
-    waited = plan.held_until is not None and now >= plan.held_until
-    if waited and k3s.workers is None and not k3s.fault:    # idle workers have ended
-        plan = plan._replace(promised=gpus)
-    if gpus < plan.promised:
-        plan = plan_after_loss(plan, offer, k3s.workers, now)
-    else:
-        plan = plan._replace(offer=offer, held_until=None, lost_at=None, reason="")
-    if k3s.fault:
-        return plan._replace(offer=plan.offer._replace(cpu=0), reason=k3s.fault)
-    if (plan.offer.cpu or 0) > 0:
-        plan = plan._replace(promised=plan.offer.gpu_count or 0)
-    return plan._replace(reason="; ".join(text for text in (plan.reason, shortage) if text))
-
-
-def first_offer(sample: Offer, promised: int, k3s: K3sView, now: float) -> OfferPlan:
-    """What to offer at the start, where `promised` GPUs were when this machine took work last."""
-    found = Offer(*(value or 0 for value in sample))
-    fewer = (found.gpu_count or 0) < promised
-    plan = OfferPlan(found, found, found, promised, now + WORKER_PATIENCE if fewer else None)
-    return plan_offer(plan, None, k3s, now)
-
-
-class LineBudget:
-    """Which of many lines about one thing are written: the first `free`, the 1st, 2nd, 4th, 8th,
-    then one in `quiet` seconds; anew after as many seconds without any.
-    """
-
-    def __init__(self, quiet: float = QUIET, free: int = 1) -> None:
-        self.quiet, self.free = quiet, free
-        self.count, self.next_count = 0, 1
-        self.last = self.next_time = -math.inf
-
-    def allows(self, now: float) -> bool:
-        """Whether a line that comes up at `now` is written."""
-        if now - self.last > self.quiet:
-            self.count, self.next_count = 0, 1
-        self.last, self.count = now, self.count + 1
-        if self.free < self.count < self.next_count and now < self.next_time:
-            return False
-        if self.count >= self.next_count:
-            self.next_count *= 2
-        self.next_time = now + self.quiet
-        return True
-
-    def rest(self) -> None:
-        """After a line that was written outside the budget: the next one comes later."""
-        self.next_time += 2 * self.quiet
-
-
-class LineQuota:
-    """At most `size` lines in `seconds`; `left_out` counts what was not written since."""
-
-    def __init__(self, size: int = 20, seconds: float = QUIET) -> None:
-        self.times: collections.deque[float] = collections.deque([-math.inf] * size, size)
-        self.seconds, self.left_out = seconds, 0
-
-    def allows(self, now: float) -> bool:
-        """Whether one more line is written."""
-        allowed = now - self.times[0] >= self.seconds
-        if allowed:
-            self.times.append(now)
-        return allowed
-
-
-class Trouble:
-    """The failures of the present outage, and which lines are written about it and its end."""
-
-    def __init__(self) -> None:
-        self.budget, self.count, self.told = LineBudget(), 0, False
-
-    def failed(self, now: float) -> bool:
-        """Counts a failure; whether a line is written about it."""
-        self.count += 1
-        allowed = self.budget.allows(now)
-        self.told = self.told or allowed
-        return allowed
-
-    def recovered(self) -> bool:
-        """Ends the outage; whether a line is written about it, as one was about a failure."""
-        told, self.told, self.count = self.told, False, 0
-        if told:
-            self.budget.rest()
-        return told
-
-
-# ---- 4 Wire shapes, texts and the masking of tokens
+# ---- 4 Texts
 def format_offer(offer: Offer) -> str:
-    """The offer for people."""
-    return f"{(offer.cpu or 0) / 1000:g} CPUs, {offer.memory} MiB memory, {offer.gpu_count} GPUs"
+    return f"{offer.cpu / 1000:g} CPUs, {offer.memory} MiB memory, {offer.gpu_count} GPUs"
 
 
-def register_payload(config: Config, machine_id: str, offer: Offer,
-                     private_ip: str) -> dict[str, Any]:
+def format_seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def register_payload(config: Config, machine_id: str, wanted: Registration) -> dict[str, Any]:
     """The body of a registration: all strings, `token` being that of k3s. Source: gateway-api."""
-    return {"token": config.k3s_token or "", "machine_id": machine_id,
+    offer = wanted.offer
+    return {"token": wanted.k3s_token or "", "machine_id": machine_id,
             "provider_name": config.provider_name, "pool_name": config.pool_name,
-            "hostname": config.hostname or f"machine-{machine_id}", "private_ip": private_ip,
+            "hostname": config.hostname or f"machine-{machine_id}", "private_ip": wanted.private_ip,
             "cpu": f"{offer.cpu}m", "memory": f"{offer.memory}Mi",
             "gpu_count": f"{offer.gpu_count}"}
 
 
 def keepalive_payload(config: Config, machine_id: str, metrics: Metrics) -> dict[str, Any]:
-    """The body of a keepalive. Source: gateway-api, which panics without `metrics`."""
     known = {key: value for key, value in metrics._asdict().items() if value is not None}
     return {"machine_id": machine_id, "provider_name": config.provider_name,
             "pool_name": config.pool_name, "agent_version": f"{VERSION}-python", "metrics": known}
 
 
-# Of two that name the same, ssh takes the first. LogLevel, as its words are needed.
-SSH_OPTIONS = ("BatchMode=yes", "ExitOnForwardFailure=yes", "ServerAliveInterval=15",
-               "ServerAliveCountMax=3", "ConnectTimeout=10", "ControlMaster=no", "ControlPath=none",
-               "ForwardAgent=no", "ForwardX11=no", "UpdateHostKeys=no", "PermitLocalCommand=no",
-               "StreamLocalBindMask=0177", "StreamLocalBindUnlink=yes", "LogLevel=INFO")
+def judge(record: Mapping[str, Any], running: bool, now: float) -> tuple[int, str]:
+    """The exit code of --status, and the headline that a person must know, by a status record:
+    0 work can run, 1 it cannot, 3 no agent runs.
+    """
+    def ago(name: str) -> float | None:
+        moment = number_in(record, name)
+        return None if moment is None else now - moment
 
+    def text(name: str) -> str:
+        return printable(record.get(name) or "", 500)
 
-def ssh_arguments(config: Config, path: str) -> list[str]:
-    """What ssh is started with, to listen on a socket at `path`. Source: ssh(1), ssh_config(5)."""
-    user, host, port = split_place(config.ssh)
-    words = ["-N", "-T", "-L", f"{path}:{format_host(config.gateway_host)}:{config.gateway_port}"]
-    if config.ssh_reverse:
-        words += ["-R", f"{config.ssh_reverse}:localhost:6443"]
-    options = [*SSH_OPTIONS]
-    if config.ssh_identity:
-        words += ["-i", config.ssh_identity]
-        options.append("IdentitiesOnly=yes")
-    for option in [*options, *(config.ssh_option or ())]:
-        words += ["-o", option]
-    if user:
-        words += ["-l", user]
-    if port:
-        words += ["-p", port]
-    return [*words, "--", host]
+    failure = f": {text('failure')}" if text("failure") else ""
+    overdue, failing, kept = ago("next_attempt_at"), ago("failing_since"), ago("last_keepalive_at")
+    if not running:
+        return 3, "not running"
+    if overdue is not None and overdue > 60:
+        return 1, f"no sign of life for {format_seconds(overdue)}: see its log, or restart it"
+    if kept is None:
+        return 1, f"not ready yet{failure}" if failing is not None else "starting"
+    if failing is not None and kept > failing:
+        return 1, f"not ready for {format_seconds(failing)}{failure}"
+    if (ago("lease_ends_at") or 0) > 0:
+        return 1, "not ready, as its lease ran out: it registers again with its next call"
+    if text("placement"):
+        return 1, f"ready, but no work will come: {text('placement')}"
+    if not number_in(as_mapping(record.get("offer")), "cpu"):
+        return 1, f"ready, but takes no work: {text('warning')}"
+    if failing is not None:
+        return 1, f"ready, but a change could not be registered{failure}"
+    return 0, f"ready for {format_seconds(ago('ready_since'))}"
 
 
 class Redactor:
-    """Masks tokens in what is printed: any 8 characters of them in a row, encoded ones too.
-
-    It knows the current token of each name and the one before.
+    """Takes tokens out of what is printed or kept: of each name the current one and the one before,
+    as they are, URL-encoded, and in base64.
     """
 
-    WINDOW = 8      # characters; a shorter token is refused
-
     def __init__(self) -> None:
-        self.known: dict[str, list[Secret]] = {}
-        self.pieces: dict[Secret, set[str]] = {}
+        self.known: dict[str, list[str]] = {}       # the two tokens of each name
+        self.forms: list[str] = []                  # all that is taken out, the longest first
 
     def remember(self, name: str, secret: Secret) -> None:
-        """Masks this token from now on."""
-        if secret in self.known.get(name, ())[:1]:
-            return
-        self.known[name] = [secret, *self.known.get(name, ())[:1]]
-        self.pieces = {each: self.pieces.get(each) or self.pieces_of(each.reveal())
-                       for secrets in self.known.values() for each in secrets}
-
-    def pieces_of(self, text: str) -> set[str]:
-        """All windows of the token and of its base64 forms, at any of 3 offsets."""
-        import base64
-        forms = [text] + [base64.b64encode(bytes(shift) + text.encode(), signs).decode()
-                          for shift in range(3) for signs in (b"+/", b"-_")]
-        return {form[at:at + self.WINDOW] for form in forms
-                for at in range(len(form) - self.WINDOW + 1)}
-
-    def mask(self, text: str) -> str:
-        """The text without the tokens that can be read in it."""
-        shown, end = "", 0
-        for at in range(len(text) - self.WINDOW + 1):
-            window = text[at:at + self.WINDOW]
-            if any(window in pieces for pieces in self.pieces.values()):
-                if at > end or not shown:
-                    shown += text[end:at] + "[redacted]"
-                end = at + self.WINDOW
-        return shown + text[end:]
+        text = secret.reveal()
+        self.known[name] = [text, *(old for old in self.known.get(name, ()) if old != text)][:2]
+        forms = set()
+        for each in (token for tokens in self.known.values() for token in tokens):
+            in_base64 = base64.b64encode(each.encode()).decode().rstrip("=")
+            forms |= {each, urllib.parse.quote(each, ""), in_base64}
+        self.forms = sorted(forms, key=len, reverse=True)
 
     def redact(self, text: str) -> str:
-        """The text without tokens; where URL or HTML encoding hid one, that is undone."""
-        import urllib.parse
-        result = plain = self.mask(text)
-        for _ in range(4):      # as often as somebody may have encoded it
-            decoded = urllib.parse.unquote(plain)
-            if "&" in decoded:
-                import html
-                decoded = html.unescape(decoded)
-            if decoded == plain:
-                break
-            plain = self.mask(decoded)
-            if plain != decoded:
-                result = plain
-        return result
+        for form in self.forms:
+            text = text.replace(form, "[redacted]")
+        return text
 
 
 # ---- 5 Configuration
-def checked(pattern: str, fault: str, convert: Callable[[str], Any] = str, low: float = -math.inf,
-            high: float = math.inf) -> Callable[[str], Any]:
-    """A parser of a setting's text. It raises ValueError with what is wrong and what is right."""
+def checked(pattern: str, fault: str,
+            convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A parser of an option's text. It raises ValueError with what is wrong and what is right."""
     def parse(text: str) -> Any:
-        if not re.fullmatch(pattern, text, re.ASCII):
-            raise ValueError(fault)
-        value = convert(text)
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise ValueError(fault)
-        return value
+        try:
+            if re.fullmatch(pattern, text, re.ASCII):
+                return convert(text)
+        except (ValueError, OSError):
+            pass
+        raise ValueError(fault)
     return parse
 
 
-DECIMAL = r"[0-9]{1,9}(\.[0-9]{1,9})?"
-NO_HOST = "is not a host or IP: leave out scheme, port and path, as in gateway.example.com"
-parse_name = checked(r"(?! )[^\x00-\x1f\x7f]+(?<! )",
-                     "is empty, or has control characters or blanks around it: give printable text")
-parse_token = checked(r"[!#-\[\]-~]{8,}", "is not a token: give 8 or more characters, without"
-                      " blanks, quotes, backslashes and line ends", Secret)
-parse_url = checked("https://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*",
-                    "is not an address: give https://host/path, without user and password")
-NO_K3S_URL = "is not an address of k3s: give https and its host, as in https://127.0.0.1:6443"
-parse_k3s_place = checked(r"https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?",
-                          NO_K3S_URL)
-parse_switch = checked("(?i)1|true|yes|on|0|false|no|off",
-                       "is neither yes nor no: give 1, true, yes, on, or 0, false, no, off",
-                       lambda text: text.lower() in ("1", "true", "yes", "on"))
-
-
-def parse_memory(text: str) -> int:
-    """MiB."""
-    return int(text[:-2]) * (1024 if text.endswith("Gi") else 1)
-
-
-def parse_ip(text: str) -> str:
-    """An IP address."""
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError:
-        raise ValueError("is not an IP address: give one such as 10.1.2.3") from None
+def within(low: float, high: float, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if not low <= convert(text) <= high:
+            raise ValueError
+        return convert(text)
+    return parse
 
 
 def parse_host(text: str) -> str:
-    """A host name or an IP address, without the brackets of IPv6."""
+    """A host name or an IP address, without the brackets of IPv6. Raises ValueError, OSError."""
     host = text.strip("[]")
-    number = host.rpartition(".")[2].isdigit()      # no top-level domain is one
-    if "%" in host:     # a zone, for which a URL has no room
-        raise ValueError(NO_HOST)
-    try:
-        if ":" in host:
-            ipaddress.IPv6Address(host)
-        elif number:
-            socket.inet_aton(host)
-    except (ValueError, OSError):
-        raise ValueError(NO_HOST) from None
-    if ":" not in host and not re.fullmatch(r"\w[\w.-]{0,252}", host, re.ASCII):
-        raise ValueError(NO_HOST)
+    if ":" in host:
+        return str(ipaddress.IPv6Address(host))
+    if host.rpartition(".")[2].isdigit():       # no top-level domain is one
+        socket.inet_aton(host)
     return host
 
 
-parse_port = checked("[0-9]{1,5}", "is not a port: give a number from 1 to 65535", int, 1, 65535)
+def parse_url(text: str) -> str:
+    if urllib.parse.urlsplit(text).port == 0:
+        raise ValueError
+    return text.rstrip("/")
 
 
-def parse_place(text: str) -> str:
-    """The text, whose port, where it ends with one, is one."""
-    found = re.search("(?:^|:)([0-9]+)$", text)
-    if found:
-        parse_port(found[1])
+# Nothing that fits can be an option of ssh, or a command in the shell that it runs for ProxyJump.
+SSH_HOST = r"(?:([A-Za-z0-9_][\w.-]*)@)?([A-Za-z0-9_][\w.-]*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
+
+
+def parse_ssh_host(text: str) -> str:
+    found = re.fullmatch(SSH_HOST, text, re.ASCII)
+    if found is None or (found[3] and not 0 < int(found[3]) < 65536):
+        raise ValueError
     return text
 
 
-parse_ssh_host = checked(SSH_HOST_PATTERN, "is not a host that ssh can go to: give"
-                         " [user@]host[:port], as in me@gateway.example.com", parse_place)
-parse_ssh_gateway = checked(f"{HOST_PATTERN}:[0-9]+", "is not a host with its port: give"
-                            " host:port, as in localhost:31994", parse_place)
-parse_ssh_reverse = checked(f"({HOST_PATTERN}:)?[0-9]+", "is not a port, with an address or"
-                            " without: give one such as 6443 or 10.0.0.7:6443", parse_place)
-SSH_OPTION_PATTERN = (
-    rf"ProxyJump={SSH_HOST_PATTERN}(,{SSH_HOST_PATTERN})*|(HostKeyAlias|UserKnownHostsFile"
-    "|GlobalKnownHostsFile|CertificateFile|Ciphers|KexAlgorithms|MACs|AddressFamily|BindAddress)"
-    r"=[\w@.,:+^~/\[\]-]+")
-parse_ssh_options = checked(
-    rf"({SSH_OPTION_PATTERN})(\n({SSH_OPTION_PATTERN}))*", "is not passed on to ssh: give one such"
-    " as ProxyJump=HOST, without blanks, and any other in ssh's own configuration", str.splitlines)
-
-
-def parse_k3s_url(text: str) -> str:
-    """An address of https, as without it anybody could ask for the token."""
-    import urllib.parse
-    url: str = parse_k3s_place(text).rstrip("/")
-    try:
-        urllib.parse.urlsplit(url).port
-    except ValueError:
-        raise ValueError(NO_K3S_URL) from None
-    return url
-
-
 def parse_ca_file(path: str) -> str:
-    """A PEM file of root certificates."""
     import ssl
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-    except (OSError, ValueError):
-        raise ValueError("is not a file of root certificates: give one in PEM format") from None
+    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     return path
 
 
+DECIMAL = r"[0-9]{1,9}(\.[0-9]{1,9})?"
+a_name = checked(r"(?! )[^\x00-\x1f\x7f]+(?<! )",
+                 "is empty, or has control characters or blanks around it: give printable text")
+a_token = checked(r"[!#-\[\]-~]{8,}", "is not a token: give 8 or more characters, without blanks,"
+                  " quotes, backslashes and line ends", Secret)
+a_host = checked(r"[\w.-]{1,253}|\[?[0-9A-Fa-f:.]+\]?", "is not a host or IP: leave out scheme,"
+                 " port and path, as in gateway.example.com", parse_host)
+a_port = checked("[0-9]{1,5}", "is not a port: give a number from 1 to 65535",
+                 within(1, 65535, int))
+an_id = checked("[0-9a-fA-F]{8}", "is not a machine id: give 8 hex characters", str.lower)
+a_url = checked(r"https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?", "is not an address"
+                " of k3s: give https and its host, as in https://127.0.0.1:6443", parse_url)
+a_ca_file = checked(".+", "is not a file of root certificates: give one in PEM format",
+                    parse_ca_file)
+an_ssh_host = checked(".+", "is not a host that ssh can go to: give [user@]host[:port], as in"
+                      " me@gateway.example.com", parse_ssh_host)
+a_switch = checked("(?i)1|true|yes|on|0|false|no|off",
+                   "is neither yes nor no: give 1, true, yes, on, or 0, false, no, off",
+                   lambda text: text.lower() in ("1", "true", "yes", "on"))
+cores = checked(DECIMAL, "is not a number of cores above 0: give one such as 6.5",
+                within(1, 1e9, lambda text: round(float(text) * 1000)))
+a_size = checked("[0-9]{1,9}[MG]i", "is not an amount of memory: give one such as 48Gi or 49152Mi",
+                 within(1, 1e9, lambda text: int(text[:-2]) * (1024 if text[-2] == "G" else 1)))
+a_count = checked("[0-9]{1,5}", "is not a number of GPUs: give one such as 4", int)
+an_interval = checked(DECIMAL, "is not an interval: give seconds from 0.1 to 240",
+                      within(0.1, 240, float))
+a_duration = checked(DECIMAL, "is not a number of seconds: give one such as 600", float)
+
+
 class Option(NamedTuple):
-    """One setting: all there is to say about its option, its variable and its key in the file."""
+    """One setting. Its variable and its key in the file follow from its name."""
 
     group: str
-    name: str
+    flag: str
     metavar: str            # "" for a switch
     parse: Callable[[str], Any]
     help: str
-    default: str | None = None
-    key: str = ""           # in the file, where it is not the name
-    many: bool = False      # given again and again, a list in the file, one a line in a Setting
+    default: Any = None
 
     @property
-    def flag(self) -> str:
-        """The option on the command line."""
-        return "--" + self.name.replace("_", "-")
+    def name(self) -> str:
+        return self.flag[2:].replace("-", "_")
 
     @property
-    def variable(self) -> str:
-        """The environment variable; an action has none, nor has a list."""
-        return "" if self.group == "actions" or self.many else "BETA9_" + self.name.upper()
-
-    @property
-    def file_key(self) -> str:
-        """The key in the file; an action has none."""
-        return "" if self.group == "actions" or self.name == "config" else self.key or self.name
+    def key(self) -> str:
+        in_section = self.group == "gateway"
+        return f"gateway.{self.name.removeprefix('gateway_')}" if in_section else self.name
 
 
+WHAT, HERE, BEHAVIOUR = "what to do", "this machine", "behaviour"
 OPTIONS = [
-    Option("actions", "once", "", parse_switch, "register, keep alive once, exit"),
-    Option("actions", "dry_run", "", parse_switch,
+    Option(WHAT, "--dev", "", a_switch,
+           "try it with a stand-in gateway; needs no token"),
+    Option(WHAT, "--once", "", a_switch, "register, keep alive once, exit"),
+    Option(WHAT, "--dry-run", "", a_switch,
            "show the settings and what would be sent, without the network"),
-    Option("actions", "dev", "", parse_switch,
-           "try it with a stand-in gateway in this process; needs no token"),
-    Option("actions", "check", "", parse_switch,
-           "find out whether this machine will work, without changing anything"),
-    Option("actions", "status", "", parse_switch, "show how the agent of this machine is doing;"
-           " exits with 0 ready, 1 not ready, 3 not running"),
-    Option("actions", "json", "", parse_switch, "with --check or --status: print JSON"),
-    Option("actions", "watch", "", parse_switch, "with --status: show it again every 2 s"),
-    Option("actions", "print_install", "", parse_switch,
-           "print a script that installs this file as a service with these settings"),
-    Option("actions", "fetch_from", "URL", parse_url, "with --print-install: fetch the file from"
-           " there instead of carrying it; its SHA-256 is checked"),
-    Option("actions", "k3s", "WAY", checked("use|install", "is no way to get k3s: give use for one"
-           " that is there, or install"), "with --print-install: have this machine's k3s make its"
-           " own tokens; `install` brings k3s where it is missing"),
-    Option("actions", "k3s_version", "VERSION", checked(
-        r"v[0-9.]+\+k3s[0-9]+", "is not a version of k3s: give one such as v1.34.3+k3s1"),
-        "with --k3s install: else its stable channel"),
-    Option("actions", "k3s_installer_sha256", "HEX", checked(
-        "[0-9a-f]{64}", "is not a SHA-256: give its 64 hex digits"),
-        "with --k3s install: the only k3s installer to run"),
-    Option("actions", "print_file", "NAME", parse_name,
-           "print a file that this script installs, such as unit"),
-    Option("actions", "print_uninstall", "", parse_switch, "print a script that uninstalls it"),
-    Option("actions", "version", "", parse_switch, "show the version and SHA-256 of this file"),
-    Option("actions", "help", "", parse_switch, "show this; -h for short"),
-    Option("identity", "token", "TOKEN", parse_token,
+    Option(WHAT, "--check", "", a_switch,
+           "find out whether this machine will work; changes nothing"),
+    Option(WHAT, "--status", "", a_switch, "how is this machine's agent? Exits with 0 where"
+           " work can run, 1 where not, 3 where no agent runs"),
+    Option(WHAT, "--json", "", a_switch, "with --check or --status: print JSON"),
+    Option(WHAT, "--prometheus", "", a_switch,
+           "with --status: print it for node_exporter"),
+    Option(WHAT, "--print-install", "", a_switch,
+           "print a script that installs this as a service"),
+    Option(WHAT, "--install-k3s", "", a_switch,
+           "with --print-install: bring k3s too, where it is missing"),
+    Option(WHAT, "--print", "NAME", a_name, "print a file of that script: unit, uninstall, ..."),
+    Option(WHAT, "--version", "", a_switch, "show the version and SHA-256 of this file"),
+    Option(WHAT, "--help", "", a_switch, "show this"),
+    Option("identity", "--token", "TOKEN", a_token,
            "machine token from `beta9 machine create`; others can see it in `ps`"),
-    Option("identity", "token_file", "FILE", parse_name,
+    Option("identity", "--token-file", "FILE", a_name,
            "file with the machine token, - for standard input"),
-    Option("identity", "machine_id", "ID", checked(
-        "[0-9a-fA-F]{8}", "is not a machine id: give 8 hex characters", str.lower),
-        "8 hex characters, else made at the first start and kept"),
-    Option("identity", "pool_name", "NAME", parse_name, "worker pool", "external"),
-    Option("identity", "provider_name", "NAME", parse_name, "provider of the pool", "generic"),
-    Option("identity", "hostname", "HOST", parse_host,
+    Option("identity", "--machine-id", "ID", an_id,
+           "8 hex characters, else made at the first start and kept"),
+    Option("identity", "--pool-name", "NAME", a_name, "worker pool", "external"),
+    Option("identity", "--provider-name", "NAME", a_name, "provider of the pool", "generic"),
+    Option("identity", "--hostname", "HOST", a_host,
            "host or IP by which the gateway reaches this machine's k3s"),
-    # First, as the files below are judged by it.
-    Option("k3s", "k3s_wait", "", parse_switch,
-           "take files that are missing below for a k3s that is not there yet", "no"),
-    Option("k3s", "k3s_token", "TOKEN", parse_token,
-           "token of this machine's k3s, for the gateway"),
-    Option("k3s", "k3s_token_file", "FILE", parse_name,
-           "file with that token, - for standard input"),
-    Option("k3s", "k3s_url", "URL", parse_k3s_url, "where k3s listens", "https://127.0.0.1:6443"),
-    Option("k3s", "k3s_ca_file", "FILE", parse_ca_file, "PEM file of k3s's own root certificate;"
-           " without it no token is sent there, and its workers stay unknown"),
-    Option("k3s", "k3s_node_token_file", "FILE", parse_name,
-           "file with a token that may read the node"),
-    Option("gateway", "gateway_host", "HOST", parse_host, "host or IP", "localhost",
-           "gateway.host"),
-    Option("gateway", "gateway_port", "PORT", parse_port, "port", "1994", "gateway.port"),
-    Option("gateway", "tls", "", parse_switch, "https, verified", "no", "gateway.tls"),
-    Option("gateway", "ca_file", "FILE", parse_ca_file,
-           "PEM file of the only root certificates to trust", key="gateway.ca_file"),
-    Option("gateway", "allow_cleartext", "", parse_switch,
-           "send the tokens in cleartext to public addresses too", "no", "gateway.allow_cleartext"),
-    Option("tunnel", "ssh", "HOST", parse_ssh_host,
-           "go to the gateway through ssh to there, [user@]host[:port]", key="ssh.host"),
-    Option("tunnel", "ssh_gateway", "HOST:PORT", parse_ssh_gateway,
-           "where the gateway is, seen from there", "localhost:31994", "ssh.gateway"),
-    Option("tunnel", "ssh_identity", "FILE", parse_name,
-           "private key without passphrase, else as ssh's configuration says", key="ssh.identity"),
-    Option("tunnel", "ssh_reverse", "PORT", parse_ssh_reverse, "[address:]port there that leads to"
-           " port 6443 here, this machine's k3s", key="ssh.reverse"),
-    Option("tunnel", "ssh_option", "OPTION", parse_ssh_options,
-           "option of ssh, such as ProxyJump=HOST; may be repeated", key="ssh.options", many=True),
-    Option("this machine", "private_ip", "IP", parse_ip, "private address, found if not given"),
-    Option("this machine", "max_cpu", "CORES", checked(
-        DECIMAL, "is not a number of cores above 0: give one such as 6.5",
-        lambda text: round(float(text) * 1000), 1), "offer no more cores"),
-    Option("this machine", "max_memory", "SIZE", checked(
-        "[0-9]{1,9}[MG]i", "is not an amount of memory: give one such as 48Gi or 49152Mi",
-        parse_memory, 1), "offer no more memory, such as 48Gi or 49152Mi"),
-    Option("this machine", "max_gpus", "COUNT", checked(
-        "[0-9]{1,5}", "is not a number of GPUs: give one such as 4", int), "offer no more GPUs"),
-    Option("this machine", "offer_always", "", parse_switch,
-           "offer all of it, even while no worker can run in its k3s", "no"),
-    Option("this machine", "state_dir", "DIR", parse_name,
-           "folder for machine id, lock and status; /var/lib/beta9-agent for root"),
-    Option("behaviour", "keepalive_interval", "SECONDS", checked(
-        DECIMAL, "is not an interval: give seconds from 0.1 to 240", float, 0.1, 240),
-        "time between keepalives, 0.1 to 240", "60"),
-    Option("behaviour", "startup_timeout", "SECONDS", checked(
-        DECIMAL, "is not a number of seconds: give one such as 600", float),
-        "how long to try at the start, for ever if not given; 0 tries once"),
-    Option("behaviour", "debug", "", parse_switch, "log requests and answers", "no"),
-    Option("behaviour", "config", "FILE", parse_name, "YAML or JSON file of these settings"),
+    Option("k3s", "--k3s-token", "TOKEN", a_token, "token of this machine's k3s, for the gateway"),
+    Option("k3s", "--k3s-token-file", "FILE", a_name, "file with that token; it may come later"),
+    Option("k3s", "--k3s-url", "URL", a_url, "where k3s listens", "https://127.0.0.1:6443"),
+    Option("k3s", "--k3s-ca-file", "FILE", a_name, "PEM file of k3s's own root certificate, which"
+           " may come later; without it no token is sent there"),
+    Option("k3s", "--offer-always", "", a_switch, "offer CPU even while no worker can run", False),
+    Option("gateway", "--gateway-host", "HOST", a_host, "host or IP; with --ssh as seen from there",
+           "localhost"),
+    Option("gateway", "--gateway-port", "PORT", a_port, "port; with --ssh as seen from there",
+           1994),
+    Option("gateway", "--tls", "", a_switch, "https, verified", False),
+    Option("gateway", "--ca-file", "FILE", a_ca_file,
+           "PEM file of the only root certificates to trust"),
+    Option("gateway", "--allow-cleartext", "", a_switch,
+           "send the tokens in cleartext to public addresses too", False),
+    Option("gateway", "--ssh", "HOST", an_ssh_host, "go to the gateway through ssh to"
+           " [user@]host[:port]; all else is in ssh's configuration"),
+    Option(HERE, "--max-cpu", "CORES", cores, "offer no more cores, such as 6.5"),
+    Option(HERE, "--max-memory", "SIZE", a_size, "offer no more memory, such as 48Gi or 49152Mi"),
+    Option(HERE, "--max-gpus", "COUNT", a_count, "offer no more GPUs"),
+    Option(HERE, "--state-dir", "DIR", a_name,
+           "folder for machine id, lock and status"),
+    Option(BEHAVIOUR, "--keepalive-interval", "SECONDS", an_interval,
+           "time between keepalives, 0.1 to 240", 60.0),
+    Option(BEHAVIOUR, "--startup-timeout", "SECONDS", a_duration,
+           "how long to try at the start, else for ever"),
+    Option(BEHAVIOUR, "--debug", "", a_switch, "log requests and answers", False),
+    Option(BEHAVIOUR, "--config", "FILE", a_name, "YAML or JSON file of these settings"),
 ]
-SECRETS = ("token", "k3s_token", "k3s_node_token")
-K3S_FILES = ("k3s_token_file", "k3s_ca_file", "k3s_node_token_file")
-SECTIONS = ("gateway", "ssh")   # of the file
+SETTINGS = [option for option in OPTIONS if option.group != WHAT]
+VARIABLES = {f"BETA9_{option.name.upper()}": option.name for option in SETTINGS}
+SECRETS = ("token", "k3s_token")
 # What `beta9 machine create` prints for the agent that needs a VPN.
 UNUSED_FLAGS = ("--tailscale-url", "--tailscale-auth", "--flux-upstream", "--flux-branch",
                 "--flux-github-token")
-# Beta9 sets them in its containers, for its own client.
-FOREIGN_VARIABLES = ("BETA9_GATEWAY_HOST_HTTP", "BETA9_GATEWAY_PORT_HTTP")
-
-
-def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """A question with the known word that was meant; "" where none is near."""
-    import difflib
-    cores = [each[len(prefix):] for each in known]
-    near = difflib.get_close_matches(word[len(prefix):], cores, 1, 0.6)
-    return f", did you mean {prefix}{near[0]}?" if near else ""
-
-
-def format_word(word: str) -> str:
-    """A word that was not understood; its length alone, where a token may be in it."""
-    rest = re.sub("^-*(k3s[-_])?token", "", word)
-    harmless = re.fullmatch("[a-z._-]{1,40}", word.replace("k3s", "")) or len(word) < 8
-    shown = harmless and word.isprintable() and (rest == word or len(rest) < 8)
-    return word if shown else f"of {len(word)} characters"
-
-
-def format_path(path: str) -> str:
-    """A path that leads nowhere; its length alone, where it may be the token itself."""
-    known_place = os.path.isdir(os.path.dirname(path)) or len(path) < 8
-    return printable(path) if known_place else f"named by {len(path)} characters (a token?)"
-
-
-class CommandLine(argparse.ArgumentParser):
-    """argparse with messages that show no value, as it may be a token."""
-
-    def read(self, argv: list[str]) -> argparse.Namespace:
-        """The given options. Raises AgentError."""
-        try:
-            given, unknown = self.parse_known_args(argv)
-        except argparse.ArgumentError as error:
-            switches = [option.flag for option in OPTIONS if not option.metavar]
-            fault = "takes no value" if error.argument_name in switches else "needs a value"
-            raise AgentError(f"{error.argument_name} {fault}. See --help") from None
-        for word in unknown[:1]:
-            option = next((each for each in unknown if each.startswith("-")), "")
-            name = option.partition("=")[0]
-            near = nearest(name or f"--{word}", [each.flag for each in OPTIONS], "--")
-            what = f"option {format_word(name)}" if name else f"word {format_word(word)}"
-            raise AgentError(f"unknown {what}{near or '.'} See --help")
-        return given
-
-
+# Beta9 sets the first two for its own client; the others are Kubernetes' links to a service that
+# is called beta9-gateway, of which BETA9_GATEWAY_PORT=tcp://... is one too.
+FOREIGN_VARIABLES = "BETA9_GATEWAY_(HOST_HTTP|PORT_HTTP|SERVICE_(HOST|PORT).*|PORT_[0-9]+_.*)"
 DESCRIPTION = """Registers this machine with a Beta9 gateway and keeps it ready for work.
 
 try it:  beta9_agent.py --dev --once
 join:    beta9_agent.py --token-file token --pool-name gpu --gateway-host HOST"""
-EPILOG = """The command line wins over the environment, that over the file, that over the default.
+EPILOG = f"""A setting is also a variable, BETA9_POOL_NAME for --pool-name, and a key of the file,
+pool_name; those of the gateway are in its section gateway. The command line wins over the
+environment, that over the file. --no-tls and the like turn a switch off.
+Accepted and not used: {", ".join(UNUSED_FLAGS)}.
 
 Exit codes: 0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway out of reach,
 75 already running, 77 token refused, 78 machine refused."""
 
 
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    import difflib
+    endings = [each[len(prefix):] for each in known]
+    near = difflib.get_close_matches(word[len(prefix):], endings, 1, 0.6)
+    return f", did you mean {prefix}{near[0]}?" if near else ""
+
+
+def is_like_token(text: str) -> bool:
+    """Whether a word that was not understood may be a token, and must not be shown."""
+    plain = re.fullmatch("(--)?[a-z_.-]{1,40}", text.replace("k3s", ""))
+    glued = re.match("--(k3s-)?token[^-]{8}", text)
+    is_path = text.startswith(("/", "./", "../")) and "/" in text[1:]
+    return len(text) >= 8 and not is_path and (glued is not None or not plain)
+
+
+def format_word(word: str) -> str:
+    return f"of {len(word)} characters" if is_like_token(word) else f"'{printable(word)}'"
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse whose errors are AgentErrors and show no value, as that may be a token. What is
+    wrong with a value it notes in `problems`, and goes on.
+    """
+
+    source = ""         # of the words that are read, as in " from agent.yaml"
+    problems: list[str]
+
+    def error(self, message: str) -> Any:
+        message = re.sub("(?s)ignored explicit argument.*", "takes no value", message)
+        raise AgentError(f"{message.removeprefix('argument ')}. See --help")
+
+    def read(self, words: list[str]) -> dict[str, Any]:
+        given, unknown = self.parse_known_args(words)
+        for word in unknown[:1]:
+            option = next((each for each in unknown if each.startswith("-")), "").partition("=")[0]
+            near = nearest(option or f"--{word}", [each.flag for each in OPTIONS], "--")
+            what = f"option {format_word(option)}" if option else f"word {format_word(word)}"
+            raise AgentError(f"unknown {what}{near or '.'} See --help")
+        return vars(given)
+
+    def note_problem(self, option: Option, text: str, fault: object) -> None:
+        hidden = option.name in SECRETS or (option.metavar == "FILE" and is_like_token(text))
+        shown = f"of {len(text)} characters" if hidden else f"'{printable(text)}'"
+        source = self.source.replace("{variable}", f"BETA9_{option.name.upper()}")
+        self.problems.append(f"{option.flag}: the value {shown}{source} {fault}")
+
+    def parser_of(self, option: Option) -> Callable[[str], Any]:
+        def parse(text: str) -> Any:
+            try:
+                return option.parse(text)
+            except ValueError as error:
+                self.note_problem(option, text, error)
+        return parse
+
+    def words_of(self, settings: Mapping[str, str]) -> list[str]:
+        words = []
+        for option in SETTINGS:
+            text = settings.get(option.name, "")
+            if text in ("", "null", "~"):       # as good as none
+                continue
+            if option.metavar:
+                words.append(f"{option.flag}={text}")
+                continue
+            try:
+                words.append(option.flag if option.parse(text) else f"--no-{option.flag[2:]}")
+            except ValueError as error:
+                self.note_problem(option, text, error)
+        return words
+
+
 def build_command_line() -> CommandLine:
-    """The command line that OPTIONS describe."""
     parser = CommandLine("beta9_agent.py", "beta9_agent.py [options]", DESCRIPTION, EPILOG,
                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                         exit_on_error=False, add_help=False)
+                         add_help=False, argument_default=argparse.SUPPRESS)
+    parser.problems = []
     groups: dict[str, Any] = {}
     for option in OPTIONS:
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(option.group)
-        notes = [option.variable, f"default {option.default}" if option.default else ""]
-        shown = ", ".join(note for note in notes if note)
-        text = f"{option.help} [{shown}]" if shown else option.help
+        group = groups.get(option.group) or parser.add_argument_group(option.group)
+        groups[option.group] = group
+        text = f"{option.help} [{option.default}]" if option.default else option.help
         if option.metavar:
-            groups[option.group].add_argument(option.flag, metavar=option.metavar, help=text,
-                                              action="append" if option.many else "store")
+            group.add_argument(option.flag, type=parser.parser_of(option), metavar=option.metavar,
+                               help=text)
         else:
-            groups[option.group].add_argument(option.flag, action="store_const", const="yes",
-                                              help=text)
-    parser.add_argument("-h", dest="help", action="store_const", const="yes",
-                        help=argparse.SUPPRESS)
+            short = ["-h"] if option.name == "help" else []
+            group.add_argument(*short, option.flag, action="store_true", help=text)
+            parser.add_argument(f"--no-{option.flag[2:]}", dest=option.name, action="store_false",
+                                help=argparse.SUPPRESS)
     for flag in UNUSED_FLAGS:
         parser.add_argument(flag, help=argparse.SUPPRESS)
-    parser.add_argument_group("accepted and not used", ", ".join(UNUSED_FLAGS))
     return parser
 
 
@@ -1229,196 +1046,139 @@ def read_file(path: str) -> str:
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             data = file.read(FILE_LIMIT + 1)
-        if len(data) > FILE_LIMIT:
-            raise ValueError
-        return data.decode()
+        if len(data) <= FILE_LIMIT:
+            return data.decode()
     except OSError as error:
         raise AgentError(f"{error.strerror}: check the path and its permissions") from None
     except ValueError:
-        raise AgentError("it is not text, or over 64 KiB: is it the right file?") from None
+        pass
+    raise AgentError("it is not text, or over 64 KiB: is it the right file?")
 
 
-def parse_tree(text: str) -> dict[str, Any]:
-    """A YAML or JSON mapping, sections flattened to "section.key". Raises ValueError."""
+def read_token(path: str) -> Secret:
+    try:
+        token: Secret = a_token(read_file(path).rstrip("\r\n"))
+        return token
+    except ValueError as error:
+        raise AgentError(f"what is in it {error}") from None
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """A YAML or JSON mapping, its section flattened to "gateway.host". Raises whatever they do."""
     if text.lstrip().startswith("{"):
         tree = json.loads(text, parse_int=str, parse_float=str)
     else:
         import yaml
-        try:
-            tree = yaml.load(text, yaml.BaseLoader) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from None
-    flat: dict[str, Any] = {}
-    for key, value in dict(tree).items():
-        if key in SECTIONS and value in (None, "", "null", "~"):
-            continue
-        inner = value.items() if key in SECTIONS and isinstance(value, dict) else ()
-        flat.update({f"{key}.{name}": each for name, each in inner} or {str(key): value})
-    return flat
+        tree = yaml.load(text, yaml.BaseLoader) or {}
+    section = tree.pop("gateway", None) or {}
+    return {**tree, **{f"gateway.{name}": value for name, value in section.items()}}
 
 
 def read_config_file(path: str) -> dict[str, str]:
-    """The settings in a file, by their keys. Raises AgentError, which quotes nothing of it."""
+    """The settings in a file by their names. Raises AgentError, which quotes nothing of it."""
     where = f"--config {printable(path)}"
     try:
-        tree = parse_tree(read_file(path))
+        text = read_file(path)
+        tree = parse_settings(text)
     except AgentError as error:
         raise AgentError(f"{where} cannot be read, {error}") from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:      # of YAML's or JSON's, which quotes the file
         lines = re.findall("line [0-9]+", str(error))
         place = f" at {lines[-1]}" if lines else ""
         raise AgentError(f"{where} is not a YAML or JSON mapping{place}: correct it") from None
-    known = {option.file_key: option for option in OPTIONS if option.file_key}
+    names = {option.key: option.name for option in SETTINGS if option.name != "config"}
     for key, value in tree.items():
-        if key not in known:
-            raise AgentError(f"{where} has an unknown key {format_word(key)}{nearest(key, known)}")
-        if known[key].many and isinstance(value, list):
-            tree[key] = value = "\n".join(str(each) for each in value)
+        if key not in names:
+            raise AgentError(f"{where} has an unknown key {format_word(str(key))}"
+                             f"{nearest(str(key), names) or ', see --help'}")
         if isinstance(value, (dict, list)):
             raise AgentError(f"{where} has more than one value for {key}: give one")
-    return {key: "" if value in (None, "null", "~") else str(value) for key, value in tree.items()}
+    return {names[key]: "" if value is None else str(value) for key, value in tree.items()}
 
 
-class Setting(NamedTuple):
-    """A setting's text, its source for people, and the rank of that source: the highest wins."""
+def take_variables(environ: Any) -> dict[str, str]:
+    """Our settings in the environment, which they leave: no child may inherit a token."""
+    found = {VARIABLES[each]: environ.pop(each) for each in VARIABLES if each in environ}
+    if "://" in found.get("gateway_port", ""):
+        del found["gateway_port"]
+        LOG.warning("BETA9_GATEWAY_PORT is ignored, as Kubernetes set it, as a link to a service:"
+                    " give --gateway-port, or set enableServiceLinks to false for the pod")
+    for name in environ:
+        if name.startswith("BETA9_") and not re.fullmatch(FOREIGN_VARIABLES, name):
+            LOG.warning("the variable %s is unknown and ignored%s", printable(name),
+                        nearest(name, VARIABLES, "BETA9_"))
+    return found
 
-    text: str
-    source: str
-    rank: int
+
+def merge_settings(config: Config, given: Mapping[str, Any], source: str) -> None:
+    """Has the settings of one source win over those before. A token and its file are one setting:
+    of the two, the one of the later source holds.
+    """
+    for name in SECRETS:
+        both = {name, f"{name}_file"} & set(given)
+        if len(both) == 2:
+            config.problems.append(f"{name} and {name}_file are both given{source}: give one")
+        if both:
+            vars(config).update({name: None, f"{name}_file": None})
+    vars(config).update(given)
+    for name in given:
+        config.sources[name] = source.removeprefix(" from ").replace(
+            "{variable}", f"BETA9_{name.upper()}") or "command line"
 
 
-def read_settings(argv: list[str], environ: Any) -> dict[str, Setting]:
-    """All that was said. Our variables leave the environment: no child may inherit a token."""
-    given = build_command_line().read(argv)
-    known = [option.variable for option in OPTIONS if option.variable]
-    variables = {name: environ.pop(name) for name in known if name in environ}
-    path = given.config or variables.get("BETA9_CONFIG")
-    file = read_config_file(path) if path and not (given.version or given.help) else {}
-    settings = {}
-    for option in OPTIONS:
-        sources = ((option.default, "default"), (file.get(option.file_key), printable(path)),
-                   (variables.get(option.variable), option.variable),
-                   (getattr(given, option.name), option.flag))
-        for rank, (text, source) in enumerate(sources):     # a later one wins
-            if text or (text is not None and source == option.flag):    # elsewhere "" is unset
-                text = "\n".join(text) if isinstance(text, list) else str(text)
-                settings[option.name] = Setting(text, source, rank)
-    unused = [flag for flag in UNUSED_FLAGS if getattr(given, flag[2:].replace("-", "_"))]
+def read_tokens(config: Config) -> None:
+    """Puts the tokens of token files into the settings. The one of k3s may come later."""
+    for name in SECRETS:
+        path, flag = getattr(config, f"{name}_file"), f"--{name.replace('_', '-')}-file"
+        try:
+            if path:
+                setattr(config, name, read_token(path))
+                config.sources[name] = printable(path)
+        except AgentError as error:
+            if name == "token" or os.path.exists(path):     # else it is waited for
+                config.problems.append(
+                    f"{flag}: no token can be read from '{printable(path)}', {error}")
+        if getattr(config, name):
+            config.redactor.remember(name, getattr(config, name))
+
+
+def hide_token(redactor: Redactor, path: str | None) -> None:
+    """Has a token that was typed where its file belongs taken out of all that is printed."""
+    if path and is_like_token(path) and not os.path.exists(path):
+        redactor.remember(path, Secret(path))
+
+
+def read_config(argv: list[str], environ: Any, redactor: Redactor) -> Config:
+    """The settings; `problems` has a line for each that will not do. Raises AgentError for what
+    cannot be read at all. --status needs no token, and reads no token file.
+    """
+    parser, variables = build_command_line(), take_variables(environ)
+    config = Config(sources={}, problems=[], redactor=redactor)
+    vars(config).update({option.name: option.default for option in OPTIONS})
+    given = parser.read(argv)
+    path = given.get("config") or variables.get("config")
+    hide_token(redactor, path)
+    unread = not path or given.get("help") or given.get("version")
+    parser.problems = config.problems
+    for parser.source, settings in (
+            (f" from {printable(path)}", {} if unread else read_config_file(str(path))),
+            (" from {variable}", variables), ("", None)):
+        words = argv if settings is None else parser.words_of(settings)
+        merge_settings(config, parser.read(words), parser.source)
+    for option in SETTINGS:
+        if option.metavar == "FILE":
+            hide_token(redactor, getattr(config, option.name))
+    unused = [flag for flag in UNUSED_FLAGS if flag[2:].replace("-", "_") in given]
     if unused:
         LOG.info("accepted, but not needed by this agent: %s", ", ".join(unused))
-    for name in environ:
-        if name.startswith("BETA9_") and name not in FOREIGN_VARIABLES:
-            LOG.warning("the variable %s is unknown and ignored%s", printable(name),
-                        nearest(name, known, "BETA9_"))
-    return settings
-
-
-def choose_token_sources(settings: dict[str, Setting]) -> list[str]:
-    """Leaves, of a token and its file, the one whose source wins; what is wrong with them."""
-    problems = []
-    for name in SECRETS:
-        token, file = settings.get(name), settings.get(f"{name}_file")
-        if token is None or file is None:
-            continue
-        if token.rank == file.rank:
-            problems.append(f"{name} and {name}_file are both given, from {token.source} and"
-                            f" {file.source}: give one of them")
-        if token.rank >= file.rank:     # of equals both go: it is not known which one is meant
-            del settings[f"{name}_file"]
-        if token.rank <= file.rank:
-            del settings[name]
-    return problems
-
-
-def parse_setting(option: Option, setting: Setting) -> Any:
-    """The value of a setting. Raises AgentError with the option, the source and the remedy."""
-    try:
-        return option.parse(setting.text)
-    except ValueError as error:
-        shown = f"'{printable(setting.text, 60)}'"
-        if option.name in SECRETS:
-            shown = f"of {len(setting.text)} characters"
-        source = "" if setting.source == option.flag else f" from {setting.source}"
-        raise AgentError(f"{option.flag}: the value {shown}{source} {error}") from None
-
-
-def read_token_file(option: Option, setting: Setting) -> Setting:
-    """The token in the file that a setting names. Raises AgentError."""
-    try:
-        text = read_file(setting.text).rstrip("\r\n")
-    except AgentError as error:
-        raise AgentError(f"{option.flag}: the file {format_path(setting.text)} from"
-                         f" {setting.source} cannot be read, {error}") from None
-    if not text:
-        raise AgentError(f"{option.flag}: the file {printable(setting.text)} is empty: write the"
-                         " token into it")
-    return Setting(text, printable(setting.text), setting.rank)
-
-
-def set_option(config: Config, option: Option, setting: Setting) -> None:
-    """Puts a checked setting into the configuration, and the token of a token file."""
-    value = parse_setting(option, setting)
-    setattr(config, option.name, value)
-    config.sources[option.name] = setting.source
-    if option.name in SECRETS:
-        config.redactor.remember(option.name, value)
-    name = option.name.removesuffix("_file")
-    if name in SECRETS and name != option.name:
-        token_option = option._replace(name=name, parse=parse_token)
-        set_option(config, token_option, read_token_file(option, setting))
-        if os.path.isfile(value):       # and not a pipe: it is read again later
-            config.token_files[name] = value
-
-
-def lead_through_ssh(config: Config, settings: Mapping[str, Setting]) -> None:
-    """Has the gateway be the one that --ssh-gateway names; it cannot be named twice."""
-    for name in ("gateway_host", "gateway_port"):
-        setting = settings[name]
-        if setting.rank > 0:
-            config.problems.append(f"{name} from {setting.source} does not go with --ssh: leave it"
-                                   " out, and give --ssh-gateway, the gateway as seen from there")
-        config.sources[name] = "--ssh-gateway"
-    _, config.gateway_host, port = split_place(config.ssh_gateway)
-    config.gateway_port, config.gateway_socket = int(port), os.devnull      # until ssh is up
-
-
-def wait_for_file(config: Config, option: Option, setting: Setting) -> None:
-    """Has the agent look for a file of k3s's that is not there yet, or not good."""
-    setattr(config, option.name, setting.text)
-    config.sources[option.name] = setting.source
-    name = option.name.removesuffix("_file")
-    if name in SECRETS:
-        config.token_files[name] = setting.text
-
-
-def build_config(given: Mapping[str, Setting], redactor: Redactor) -> Config:
-    """The checked settings; `problems` has a line for each that will not do.
-
-    --status needs no token and reads no token file.
-    """
-    tokens = {f"{name}{end}" for name in SECRETS for end in ("", "_file")}
-    needs_token = not {"status", "print_install"} & set(given)
-    skipped = tokens if "status" in given else set()
-    settings = {name: setting for name, setting in given.items() if name not in skipped}
-    config = Config(sources={}, token_files={}, problems=choose_token_sources(settings),
-                    redactor=redactor, gateway_socket="", k3s_node_token=None,
-                    **{option.name: None for option in OPTIONS})
-    for option in OPTIONS:
-        try:
-            if option.name in settings:
-                set_option(config, option, settings[option.name])
-        except AgentError as error:
-            if config.k3s_wait and option.name in K3S_FILES:
-                wait_for_file(config, option, settings[option.name])
-            else:
-                config.problems.append(str(error))
+    if not config.status:
+        read_tokens(config)
     if config.dev:
-        config.ssh = None
-    if config.ssh and config.ssh_gateway:
-        lead_through_ssh(config, settings)
-    if config.dev and config.token is None:
-        config.token = Secret(os.urandom(16).hex())
-    if config.token is None and needs_token and not config.problems:
+        config.ssh, config.token = None, config.token or Secret(os.urandom(16).hex())
+    tokenless = config.token_file or config.status or config.print_install or config.problems
+    if not (config.token or tokenless):
         config.problems.append("the machine token is missing: give --token-file or BETA9_TOKEN. "
                                + NEW_TOKEN.format(config=config))
     return config
@@ -1430,84 +1190,130 @@ def read_clock() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def read_process_start(pid: int) -> str:
-    """When a process started, to recognise a reused pid; "" where this cannot be found out.
+def notify_systemd(state: str) -> None:
+    """Source: sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        address = "\0" + path[1:] if path.startswith("@") else path
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
+            unix.sendto(state.encode(errors="replace"), socket.MSG_DONTWAIT, address)
 
-    In ticks since the boot. The boot's own id would be another for a service in a container than
-    for whoever asks there (systemd-nspawn).
+
+class StopFlag:
+    """Set by the first SIGTERM, SIGINT or SIGHUP; the second ends the program on the spot."""
+
+    def __init__(self) -> None:
+        self.at = math.inf              # when the signal came
+        self.patience = STOP_DEADLINE   # seconds from then on, for what is under way
+        self.signals: list[int] = []
+
+    def install(self) -> None:
+        """Takes the signals, even where the parent blocked them; nohup's stay ignored."""
+        self.signals = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                        if signal.getsignal(number) != signal.SIG_IGN]
+        for number in self.signals:
+            signal.signal(number, self.handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+
+    def handle(self, number: int, frame: Any) -> None:
+        self.at = read_clock()
+        for each in self.signals:
+            signal.signal(each, signal.SIG_DFL)
+
+    def is_set(self) -> bool:
+        return self.at < math.inf
+
+    def wait_until(self, moment: float, woken: Callable[[], bool]) -> None:
+        """Sleeps until then, until the flag is set or `woken` says so."""
+        while not self.is_set() and read_clock() < moment and not woken():
+            notify_systemd("WATCHDOG=1")
+            time.sleep(max(0.0, min(moment - read_clock(), TICK)))
+
+
+STOP = StopFlag()
+
+
+class Question:
+    """Asks what can hang for ever (a driver, a name server, a disk, a server) in a daemon thread,
+    and waits for the answer with a deadline, which a stop brings forward. A late answer is for
+    whoever asks next.
     """
-    with contextlib.suppress(OSError, IndexError):
-        with open(f"/proc/{pid}/stat") as process:
-            fields = process.read().rpartition(")")[2].split()
-        return "ended" if fields[0] == "Z" else fields[19]      # a zombie runs no more
-    with contextlib.suppress(Exception):    # on macOS, where psutil is there
-        import psutil
-        return str(psutil.Process(pid).create_time())
-    return ""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+        self.answer: Any = None
+        self.answered = allocate_lock()     # held while the thread of this question is under way
+        self.under_way = self.begun = self.was_late = False
+        self.asked_at = self.took = 0.0
+
+    def _run(self, answered: Any) -> None:
+        if answered is not self.answered:   # given up before it began
+            return
+        self.begun = True
+        try:
+            self.answer = self.function()
+        except BaseException as error:
+            self.answer = error
+        self.took = read_clock() - self.asked_at
+        answered.release()
+
+    def start(self) -> None:
+        """Asks, unless it is asked already. Raises RuntimeError where no thread can be had.
+
+        Not by `threading`, which waits for ever for a thread that dies while it starts.
+        """
+        if not self.under_way:
+            self.begun, self.answered, self.asked_at = False, allocate_lock(), read_clock()
+            self.answered.acquire()
+            start_new_thread(self._run, (self.answered,))
+            self.under_way = True
+
+    def ask(self, until: float) -> Any:
+        """The answer, waited for until then. Raises TimeoutError, RuntimeError, and what the
+        function raised.
+        """
+        self.start()
+        while not self.answered.acquire(timeout=min(0.1, max(until - read_clock(), 0))):
+            if read_clock() >= min(until, STOP.at + STOP.patience):
+                if not self.begun and read_clock() > self.asked_at + HOST_DEADLINE:
+                    # Its thread died while it started, perhaps.
+                    self.under_way, self.answered = False, allocate_lock()
+                raise TimeoutError
+        self.under_way = False
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+    def ask_once(self, seconds: float) -> Any:
+        """As `ask`, for what is asked again and again: while it takes longer than that it is not
+        waited for, and each question gets the answer to the one before.
+        """
+        try:
+            return self.ask(read_clock() + (0.0 if self.was_late else seconds))
+        finally:
+            self.was_late = self.under_way or self.took > seconds
+            if self.was_late:
+                with contextlib.suppress(RuntimeError):
+                    self.start()
+
+
+TOLD: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """Logs what is not going to change while this process runs."""
+    if text not in TOLD:
+        TOLD.add(text)
+        LOG.warning(text)
 
 
 def how_to_install(*packages: str) -> str:
-    """The command that brings Python packages to this interpreter."""
-    import shutil
-    import sysconfig
-    marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")     # PEP 668
-    if sys.prefix != sys.base_prefix or not os.path.exists(marker):
+    """The command that brings Python packages to this interpreter, tried on Debian 12 and 13."""
+    if sys.prefix != sys.base_prefix:
         return f"`{sys.executable} -m pip install {' '.join(packages)}`"
-    ways = [f"`python3 -m venv .venv` and `.venv/bin/pip install {' '.join(packages)}`"]
-    if shutil.which("uv"):
-        ways.insert(0, f"`uv run {sys.argv[0]}`")
-    if shutil.which("apt-get"):
-        debian = {"nvidia-ml-py": "python3-pynvml", "pyyaml": "python3-yaml"}
-        names = " ".join(debian.get(package, f"python3-{package}") for package in packages)
-        ways.insert(0, f"`apt-get install {names}`")
-    return ", or ".join(ways)
-
-
-class BackgroundQuery:
-    """Asks one thing that can hang for ever, as a driver or a name server, in a daemon thread.
-
-    What is stuck in the kernel can only be left aside: one thread of each query at most.
-    """
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.done.set()
-        self.answers: list[Any] = []    # one that nobody has taken yet, or none
-        self.was_late = False
-
-    def start(self, question: Callable[[], Any]) -> None:
-        """Asks, unless a question is open or an answer waits to be taken."""
-        if self.answers or not self.done.is_set():
-            return
-        done = threading.Event()
-
-        def run() -> None:
-            try:
-                self.answers = [question()]
-            except Exception as error:
-                self.answers = [error]
-            done.set()
-
-        threading.Thread(target=run, daemon=True).start()
-        self.done = done
-
-    def ask(self, question: Callable[[], Any], seconds: float,
-            given_up: Callable[[], bool] = lambda: False) -> Any:
-        """The answer, or the late one to the question before, where nobody has taken that.
-
-        Raises what the question raised, and TimeoutError after `seconds` or once `given_up`
-        says so.
-        """
-        self.start(question)
-        end = read_clock() + seconds
-        while not self.done.wait(max(0.0, min(0.05, end - read_clock()))):
-            if given_up() or read_clock() >= end:
-                self.was_late = True
-                raise TimeoutError
-        answer = self.answers.pop()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    return ("as root `apt-get update && apt-get install -y python3-venv`, then `python3 -m venv"
+            " .venv && .venv/bin/pip install requests psutil nvidia-ml-py pyyaml`, and start it"
+            " with .venv/bin/python")
 
 
 def load_nvml() -> Any:
@@ -1521,6 +1327,52 @@ def load_nvml() -> Any:
     return pynvml
 
 
+def is_idle(nvml: Any, handle: Any) -> bool:
+    """Whether no process computes on a card or MIG device. Raises NVMLError.
+
+    Drivers of 470 and older have the second version of the question alone, and today's binding
+    says so by an error that is no NVMLError.
+    """
+    try:
+        return not nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except Exception as error:
+        if getattr(error, "value", None) not in (nvml.NVML_ERROR_FUNCTION_NOT_FOUND, None):
+            raise
+        return not nvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)
+
+
+def list_mig_devices(nvml: Any, handle: Any) -> list[Any]:
+    """The MIG devices that a card is split into; none for a whole card."""
+    devices = []
+    with contextlib.suppress(Exception):    # of any kind: most cards cannot be split
+        if nvml.nvmlDeviceGetMigMode(handle)[0]:
+            for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+                with contextlib.suppress(nvml.NVMLError):   # a gap between two
+                    devices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))
+    return devices
+
+
+def read_gpu(nvml: Any, index: int) -> Gpu:
+    """A card. A call that cannot be answered leaves unknown what it tells; the card is not lost."""
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        name = nvml.nvmlDeviceGetName(handle)
+    except nvml.NVMLError:
+        return Gpu(None, False)
+    name = printable(name.decode(errors="replace") if isinstance(name, bytes) else name, 60)
+    try:
+        devices = list_mig_devices(nvml, handle) or [handle]
+        return Gpu(name, all(is_idle(nvml, each) for each in devices))
+    except Exception as error:      # of any kind, as bindings and drivers of all ages meet here
+        if getattr(error, "value", None) in (
+                nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED,
+                nvml.NVML_ERROR_UNKNOWN):
+            return Gpu(None, False)
+        warn_once(f"the driver does not tell what runs on its cards, {printable(error, 80)}: they"
+                  " count as not free; look at `nvidia-smi`")
+        return Gpu(name, False)
+
+
 def list_gpus() -> list[Gpu]:
     """The cards. Raises NVML's error where there is a driver that cannot say.
 
@@ -1529,403 +1381,346 @@ def list_gpus() -> list[Gpu]:
     try:
         nvml = load_nvml()
     except ImportError:
-        nvml = None
+        warn_once("a driver is here, but 0 GPUs are offered, as its Python binding is missing:"
+                  f" {how_to_install('nvidia-ml-py')}, and restart the agent")
+        return []
     if nvml is None:
         return []
-
-    def read_gpu(index: int) -> Gpu:
-        try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            name = printable(nvml.nvmlDeviceGetName(handle), 60)
-        except nvml.NVMLError:
-            return Gpu(None, False)
-        try:
-            return Gpu(name, not nvml.nvmlDeviceGetComputeRunningProcesses(handle))
-        except nvml.NVMLError as error:     # some cards and users may not ask
-            lost = error.value == nvml.NVML_ERROR_GPU_IS_LOST
-            return Gpu(None if lost else name, False)
-
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
         if error.value == nvml.NVML_ERROR_DRIVER_NOT_LOADED:
+            warn_once("NVIDIA's library is here, but 0 GPUs are offered, as its kernel module is"
+                      " not loaded: `modprobe nvidia`, and see `dmesg`")
             return []
         raise
     try:
-        return [read_gpu(index) for index in range(nvml.nvmlDeviceGetCount())]
+        return [read_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
     finally:
         nvml.nvmlShutdown()
-
-
-class Card(NamedTuple):
-    """A GPU for people; `sleeps` is persistence mode off, which makes each first use slow."""
-
-    line: str
-    lost: bool
-    sleeps: bool
-
-
-def describe_gpus() -> list[Card]:
-    """Each card with what its driver tells. Raises as list_gpus, and ImportError."""
-    nvml = load_nvml()
-    if nvml is None:
-        return []
-
-    def describe(index: int) -> Card:
-        try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            name, memory = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetMemoryInfo(handle)
-            line = f"{index}: {printable(name)}, {memory.total >> 20} MiB, driver {driver}"
-            return Card(line, lost=False, sleeps=not nvml.nvmlDeviceGetPersistenceMode(handle))
-        except nvml.NVMLError as error:
-            return Card(f"{index}: lost, {error}", lost=True, sleeps=False)
-
-    nvml.nvmlInit()
-    try:
-        driver = printable(nvml.nvmlSystemGetDriverVersion())
-        return [describe(index) for index in range(nvml.nvmlDeviceGetCount())]
-    finally:
-        nvml.nvmlShutdown()
-
-
-def is_listening(port: int) -> bool:
-    """Whether some process has taken a TCP port of this machine."""
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(("", port))
-            return False
-        except OSError:
-            return True
 
 
 def find_private_ip() -> str:
-    """This machine's address on the default route, else on any interface, else "". Asks nobody."""
-    import psutil
-    found = []
+    """This machine's address on the default route, "" for none. Asks nobody."""
     # Addresses of documentation (RFC 5737, RFC 3849): connecting UDP sends nothing.
     for family, anywhere in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1")):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as udp:
             udp.connect((anywhere, 9))
-            found.append(udp.getsockname()[0])
-    with contextlib.suppress(OSError):
-        for name, entries in psutil.net_if_addrs().items():
-            if not re.match("docker|cni|flannel|veth", name):
-                found += [entry.address for entry in entries if entry.family != psutil.AF_LINK]
-    return next((ip for ip in found if not re.match(r"127\.|::1$|169\.254\.|fe80:", ip)), "")
+            return str(udp.getsockname()[0])
+    return ""
 
 
 class Host:
-    """Looks at the machine. What hangs or fails is unknown, with a warning when that begins."""
+    """Looks at the machine. What hangs or fails is unknown, with a warning."""
 
-    def __init__(self, deadline: float = HOST_DEADLINE) -> None:
-        self.deadline = deadline        # seconds
-        self.driver, self.disk = BackgroundQuery(), BackgroundQuery()
-        self.unknown: set[str] = set()
-        self.budget = LineBudget(6 * QUIET)
+    def __init__(self, config: Config) -> None:
+        import psutil
+        self.config, self.capacity = config, Steady()
+        self.driver, self.disk = Question(list_gpus), Question(lambda: psutil.disk_usage("/"))
+        self.metrics = Metrics(None, None, None, None, None, None, 0)
+        self.gpus: list[Gpu] | None = None
 
     def ask(self, what: str, question: Callable[[], Any]) -> Any:
         """The answer; None where there is none, for whatever reason."""
         try:
-            answer = question()
-            self.unknown.discard(what)
-            return answer
+            return question()
         except Exception as error:
-            if what not in self.unknown and self.budget.allows(read_clock()):
-                reason = "hangs" if isinstance(error, TimeoutError) else printable(repr(error))
-                LOG.warning("%s cannot be read, %s: it is unknown until it answers, and keepalives"
-                            " go on; look at `dmesg`", what, reason)
-                self.unknown.add(what)
+            reason = "hangs" if isinstance(error, TimeoutError) else printable(repr(error))
+            LOG.warning(what + " cannot be read, %s: it is unknown until it answers, and"
+                        " keepalives go on; look at `dmesg`", reason)
             return None
 
-    def ask_aside(self, query: BackgroundQuery, what: str, question: Callable[[], Any],
-                  seconds: float) -> Any:
-        """As `ask`, for what can hang.
-
-        After the first time-out nothing waits for it: each sample then has the answer to the
-        question of the sample before.
-        """
-        patience = 0.0 if query.was_late else seconds
-        answer = self.ask(what, lambda: query.ask(question, patience))
-        if query.was_late:
-            with contextlib.suppress(RuntimeError):     # no thread to be had
-                query.start(question)
-        return answer
-
-    def sample(self) -> tuple[Metrics, list[Gpu] | None]:
-        """Metrics and cards, within the deadline. Load is the average since the last sample."""
+    def sample(self) -> None:
+        """Measures it. Load is the average since the last sample."""
         import psutil
-        end = read_clock() + self.deadline
-        cores = self.ask("the number of CPUs", psutil.cpu_count)
-        load = self.ask("the CPU's load", psutil.cpu_percent)
+        cpus = self.ask("the number of CPUs", psutil.cpu_count)
         memory = self.ask("the memory", psutil.virtual_memory)
+        until = read_clock() + HOST_DEADLINE
         with contextlib.suppress(RuntimeError):     # both at once, for one deadline
-            self.driver.start(list_gpus)
-        disk = self.ask_aside(self.disk, "the disk", lambda: psutil.disk_usage("/"), self.deadline)
-        gpus = self.ask_aside(self.driver, "the NVIDIA driver", list_gpus, end - read_clock())
-        return Metrics(
-            cpu_utilization_pct=load,
+            self.driver.start()
+        disk = self.ask("the disk", lambda: self.disk.ask_once(HOST_DEADLINE))
+        self.gpus = self.ask("the NVIDIA driver", lambda: self.driver.ask_once(
+            max(TICK, until - read_clock())))
+        self.metrics = Metrics(
+            cpu_utilization_pct=self.ask("the CPU's load", psutil.cpu_percent),
             memory_utilization_pct=getattr(memory, "percent", None),
-            total_cpu_available=None if cores is None else cores * 1000,
+            total_cpu_available=None if cpus is None else cpus * 1000,
             total_memory_available=None if memory is None else memory.total >> 20,
             total_disk_space_bytes=getattr(disk, "total", None),
             total_disk_free_bytes=getattr(disk, "free", None),
-            free_gpu_count=sum(gpu.free for gpu in gpus or ())), gpus
+            free_gpu_count=sum(gpu.free for gpu in self.gpus or ()))
+        before = self.capacity.value or Offer(0, 0, 0)
+        self.capacity.look(offer_of(self.metrics, self.gpus, before, self.config))
 
 
-# ---- 7 Gateway and k3s client
-class OutgoingRequest:
-    """One HTTP request under one deadline, from the name look-up to the last byte.
-
-    When its time is up its connection is hung up: a blocked read returns at once, and the library
-    reports that in an ordinary place. Nothing raises from a signal handler, where an exception
-    could land inside a library's lock.
-    """
-
-    def __init__(self, seconds: float, connection: socket.socket | None) -> None:
-        self.ends_at = read_clock() + seconds
-        self.connection = connection    # a kept one, or none yet
-        self.timed_out = False
-
-    def seconds_left(self) -> float:
-        """Never 0, which would be "for ever" to a socket."""
-        return max(self.ends_at - read_clock(), 0.001)
-
-    def hold(self, sock: socket.socket) -> None:
-        """Remembers the connection, as a duplicate: TLS detaches the original."""
-        self.let_go()
-        self.connection = sock.dup()
-        if self.timed_out:
-            self.hang_up()
-
-    def let_go(self) -> None:
-        """Forgets the connection."""
-        if self.connection is not None:
-            self.connection.close()
-        self.connection = None
-
-    def hang_up(self) -> None:
-        """Ends the request, from a signal handler or another thread."""
-        self.timed_out = True
-        connection = self.connection    # which the request's own thread may let go meanwhile
-        if connection is not None:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-
-class Alarm:
-    """Hangs up the main thread's request when its time is up. The one owner of the timer."""
-
-    def __init__(self) -> None:
-        self.request: OutgoingRequest | None = None
-        self.limit = math.inf       # once a stop was asked for: when any request ends
-
-    def install(self) -> None:
-        """Takes SIGALRM, even where the parent ignored or blocked it."""
-        signal.signal(signal.SIGALRM, self.ring)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-
-    def ring(self, number: int, frame: Any) -> None:
-        """The signal's handler."""
-        if self.request is not None:
-            self.request.hang_up()
-
-    def set_timer(self, moment: float) -> None:
-        """Rings then, and every 0.1 s until reset: the request may not have a connection yet."""
-        signal.setitimer(signal.ITIMER_REAL, max(moment - read_clock(), 0.001), 0.1)
-
-    def end_requests_by(self, moment: float) -> None:
-        """Cuts the request in flight, and those to come. Called by a signal handler too."""
-        self.limit = moment
-        if self.request is not None and moment < self.request.ends_at:
-            self.set_timer(moment)
-
-    @contextlib.contextmanager
-    def guarding(self, request: OutgoingRequest) -> Iterator[None]:
-        """Hangs the request up if it is not over by its deadline."""
-        self.request = request
-        try:
-            self.set_timer(request.ends_at)
-            if self.limit < request.ends_at:    # in this order: a stop may come in between
-                self.set_timer(self.limit)
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            self.request = None
-
-
-class Answer(NamedTuple):
-    """What an HTTP server said."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
-class AnswerTooLarge(Exception):
+# ---- 7 Clients
+class TooLarge(Exception):
     """The answer is over its limit, which is the text."""
 
 
 class NameServerSlow(Exception):
-    """The name look-up took longer than the request had; its late answer serves the next one."""
+    pass
 
 
-def look_up(host: str, port: int, flags: int = 0) -> list[Any]:
-    """The addresses for a TCP connection. Raises OSError or UnicodeError."""
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+class PublicAddress(Exception):
+    """Tokens in cleartext would go there."""
 
 
-def look_up_digits(host: str) -> list[Any]:
-    """The addresses of a host in digits, in any notation; none for a name. Asks no name server."""
-    try:
-        return look_up(host, 0, socket.AI_NUMERICHOST)
-    except (OSError, UnicodeError):
-        return []
+CLEARTEXT = "without TLS others could read the tokens on their way"
+TRY_TLS = "Give --tls, or --ssh for a tunnel, or accept it with --allow-cleartext"
 
 
-def require_private(host: str, addresses: list[Any]) -> None:
-    """Raises UnsafeAddress where tokens in cleartext would go to a public address."""
-    for ip in (address[4][0] for address in addresses):
-        if not is_private(ip):
-            place = host if ip == host else f"{host} leads to {ip}, which"
-            raise UnsafeAddress(f"{place} is a public address: without TLS others could read the"
-                                " tokens on their way", by_name=not look_up_digits(host))
+# Of two that name the same, ssh takes the first.
+SSH_OPTIONS = ("BatchMode=yes", "ExitOnForwardFailure=yes", "ServerAliveInterval=15",
+               "ServerAliveCountMax=3", "ConnectTimeout=10", "ControlMaster=no", "ControlPath=none",
+               "ForwardAgent=no", "ForwardX11=no", "UpdateHostKeys=no", "PermitLocalCommand=no",
+               "LogLevel=ERROR")
 
 
-class GuardedConnection:
-    """Has urllib3 connect through the client, which judges the address and keeps the deadline.
-
-    `_new_conn` is where urllib3's own SOCKS support steps in too.
+class Ssh:
+    """The system's ssh as a connection: `ssh -W` on one end of a socket pair. Nothing listens, and
+    ssh ends when our end is closed, even by a `kill -9` of this program.
     """
 
-    client: "HttpClient"
-    host: str
-    port: int
+    def __init__(self, config: Config) -> None:
+        import shutil
+        program = shutil.which("ssh")
+        found = re.fullmatch(SSH_HOST, config.ssh, re.ASCII)
+        if program is None or found is None:
+            raise AgentError("ssh is missing: `apt-get install openssh-client`, and start again", 1)
+        user, host, port = found.groups()
+        # `-W` implies this, which would undo a RemoteForward of the user's own configuration; the
+        # one of --check would be in the way of the agent's.
+        clear = f"ClearAllForwardings={'yes' if config.check else 'no'}"
+        options = (*SSH_OPTIONS, clear)
+        self.words = [program, "-T", *(word for each in options for word in ("-o", each)),
+                      *(["-l", user] if user else []), *(["-p", port] if port else []),
+                      "-W", f"{format_host(config.gateway_host)}:{config.gateway_port}",
+                      "--", host.strip("[]")]
+        self.process: Any = None
+        self.said = ""          # by the ssh before, the end of it
 
-    def _new_conn(self) -> socket.socket:
-        return self.client.connect(getattr(self, "_dns_host", self.host), self.port)
+    def close(self) -> None:
+        """Ends ssh and what it has started, and keeps its last words."""
+        if self.process is None:
+            return
+        self.said = ""
+        with contextlib.suppress(OSError):
+            self.said = os.read(self.process.stderr.fileno(), 65536).decode(errors="replace")
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(Exception):    # it may be stuck in the kernel
+            self.process.wait(0.2)
+        self.process.stderr.close()
+        self.process = None
+
+    def open(self) -> socket.socket:
+        """A new ssh, and our end of it. Raises OSError."""
+        import subprocess
+        self.close()
+        # Our tokens are not in there. SHELL is for ProxyJump; a service's may be nologin.
+        environ = {name: text for name, text in os.environ.items()
+                   if not name.startswith("BETA9_") and name != "NOTIFY_SOCKET"}
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                self.words, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.PIPE,
+                start_new_session=True, env={**environ, "SHELL": "/bin/sh"})
+        os.set_blocking(self.process.stderr.fileno(), False)
+        return ours
+
+    def is_up(self) -> bool:
+        if self.process is None or not hasattr(os, "waitid"):
+            return self.process is not None and self.process.poll() is None
+        # Left unreaped, so that `killpg` cannot meet another process of this number.
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.process.pid, flags) is None
 
 
-def build_adapter(client: "HttpClient") -> Any:
-    """An adapter of `requests` whose connections the client makes, one of which is kept.
-
-    Without a session, which follows redirects, keeps cookies and obeys ~/.netrc.
+class Connection:
+    """One kept connection to judged addresses, or through ssh. Thrown away after any failure, so
+    that a request which is still under way in its thread can touch nothing that is used later.
     """
-    import requests.adapters
-    import urllib3
-    if not hasattr(urllib3.connection.HTTPConnection, "_new_conn"):     # no address would be judged
-        raise AgentError("this version of urllib3 is not known here: install urllib3 2", 1)
 
-    class Http(GuardedConnection, urllib3.connection.HTTPConnection):
-        pass
+    def __init__(self, client: "HttpClient", addresses: list[str]) -> None:
+        self.client, self.addresses = client, addresses
+        self.until = 0.0                # by the clock, of the request that is under way
+        self.live: Any = None           # urllib3's connection, to hang up
+        self.sock: Any = None           # its socket, which it forgets while an answer is read
+        self.is_new = False             # since the request began
+        self.is_answering = False       # the first byte of the answer is there
+        self.adapter = self.build_adapter()
 
-    class Https(GuardedConnection, urllib3.connection.HTTPSConnection):
-        pass
+    def seconds_left(self) -> float:
+        """Never 0, which would be "for ever" to a socket."""
+        return max(self.until - read_clock(), 0.001)
 
-    class HttpPool(urllib3.HTTPConnectionPool):
-        ConnectionCls = Http
-
-    class HttpsPool(urllib3.HTTPSConnectionPool):
-        ConnectionCls = Https
-
-    class Adapter(requests.adapters.HTTPAdapter):
-        def init_poolmanager(self, *args: Any, **named: Any) -> None:
-            super().init_poolmanager(*args, **named)
-            self.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
-
-        def proxy_manager_for(self, *args: Any, **named: Any) -> Any:
-            manager = super().proxy_manager_for(*args, **named)
-            manager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
-            return manager
-
-    Http.client = Https.client = client
-    return Adapter(pool_connections=1, pool_maxsize=1)
-
-
-class HttpClient:
-    """One HTTP server, one kept connection. Every request of this program leaves here."""
-
-    def __init__(self, url: str, alarm: Alarm | None, proxy: str = "", ca_file: str | None = None,
-                 cleartext_anywhere: bool = False, socket_path: str = "") -> None:
-        self.url, self.proxy, self.ca_file = url, proxy, ca_file
-        self.socket_path = socket_path      # to connect to, in place of the host in the URL
-        self.alarm = alarm      # None in a helper thread, which is hung up by whoever waits for it
-        self.any_address = cleartext_anywhere or url.startswith("https:") or socket_path != ""
-        self.request = OutgoingRequest(0, None)
-        self.resolver = BackgroundQuery()
-        self.adapter: Any = None
-
-    def resolve(self, host: str) -> list[Any]:
-        """The addresses, each of them judged. Raises UnsafeAddress, NameServerSlow, OSError."""
-        request = self.request
-        if self.socket_path:
-            return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", self.socket_path)]
-        addresses = look_up_digits(host)
-        try:
-            if not addresses:
-                addresses = self.resolver.ask(lambda: look_up(host, 0), request.seconds_left(),
-                                              lambda: request.timed_out)
-        except TimeoutError:
-            raise NameServerSlow from None
-        if not self.any_address:
-            require_private(host, addresses)
-        return addresses
-
-    def connect(self, host: str, port: int) -> socket.socket:
-        """A connection to the first address that takes it; each has its share of the time."""
-        addresses = self.resolve(host)
-        failure = OSError("no address")
-        for number, (family, kind, protocol, _, address) in enumerate(addresses):
-            sock = socket.socket(family, kind, protocol)
+    def connect(self) -> socket.socket:
+        """To the first address that takes it, beginning with the last good one. Raises OSError."""
+        if self.until == 0.0:       # thrown away meanwhile
+            raise TimeoutError
+        if self.client.ssh is not None:
+            return self.client.ssh.open()
+        failure: OSError = TimeoutError()
+        addresses = sorted(self.addresses, key=lambda each: each != self.client.good_address)
+        for number, address in enumerate(addresses, 1):
+            share = ADDRESS_DEADLINE if number < len(addresses) else math.inf
             try:
-                sock.settimeout(self.request.seconds_left() / (len(addresses) - number))
-                self.request.hold(sock)
-                if family == socket.AF_UNIX:
-                    sock.connect(address)
-                else:
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    sock.connect((address[0], port, *address[2:]))
-                sock.settimeout(self.request.seconds_left())    # for TLS
+                sock = socket.create_connection(
+                    (address, self.client.port), min(share, self.seconds_left()))
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.client.good_address = address
                 return sock
             except OSError as error:
-                sock.close()
                 failure = error
         raise failure
 
-    def exchange(self, method: str, path: str, headers: Mapping[str, str], body: str | None,
-                 seconds: float, limit: int) -> Answer:
-        """A request and its answer of at most `limit` bytes, within `seconds`.
+    def build_response_class(self) -> Any:
+        import http.client
+        connection = self
 
-        Raises TimeoutError, AnswerTooLarge, and whatever the libraries do.
+        class FinalResponse(http.client.HTTPResponse):
+            """Skips 102, 103 and the like, as RFC 9110, 15.2, asks; the library skips 100 alone."""
+
+            def __init__(self, sock: Any, *args: Any, **named: Any) -> None:
+                super().__init__(sock, *args, **named)
+                connection.sock = sock
+
+            def begin(self) -> None:
+                connection.is_answering = bool(self.fp.peek(1))
+                super().begin()
+                while 100 < self.status < 200 and self.status != 101:
+                    self.headers = self.msg = None      # type: ignore[assignment]
+                    super().begin()
+
+        return FinalResponse
+
+    def build_adapter(self) -> Any:
+        """An adapter of `requests` that connects by `connect`. Without a session, which follows
+        redirects, keeps cookies and obeys ~/.netrc.
+
+        `_new_conn` is where urllib3's own SOCKS support steps in too.
         """
-        import requests
-        self.adapter = self.adapter or build_adapter(self)
-        self.request = request = OutgoingRequest(seconds, self.request.connection)
-        prepared = requests.Request(method, self.url + path, dict(headers), data=body).prepare()
-        proxies = {"http": self.proxy, "https": self.proxy} if self.proxy else {}
-        try:
-            with self.alarm.guarding(request) if self.alarm else contextlib.nullcontext():
-                response = self.adapter.send(
-                    prepared, stream=True, timeout=request.seconds_left(),
-                    verify=self.ca_file or True, proxies=proxies)
-                data = response.raw.read(limit + 1, decode_content=False)
-                response.raw.release_conn()
-            if len(data) > limit:
-                raise AnswerTooLarge(f"{limit >> 10} KiB")
-        except Exception as error:
-            self.close()
-            if not request.timed_out or isinstance(error, NameServerSlow):
-                raise
-        if request.timed_out:       # whatever came: it may have been cut
-            self.close()
-            raise TimeoutError
-        return Answer(response.status_code, response.headers, data)
+        import requests.adapters
+        import urllib3
+        connection, response_class, pools = self, self.build_response_class(), {}
+
+        def new_connection(live: Any) -> socket.socket:
+            connection.live, connection.is_new = live, True
+            sock = connection.connect()
+            sock.settimeout(connection.seconds_left())
+            return sock
+
+        for scheme, pool in (("http", urllib3.HTTPConnectionPool),
+                             ("https", urllib3.HTTPSConnectionPool)):
+            if not hasattr(pool.ConnectionCls, "_new_conn"):    # no address would be judged
+                raise AgentError("this version of urllib3 is not known here: install urllib3 2", 1)
+            kind = type("Connection", (pool.ConnectionCls,), {
+                "_new_conn": new_connection, "response_class": response_class})
+            pools[scheme] = type("Pool", (pool,), {"ConnectionCls": kind})
+        adapter = requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=1)
+        adapter.poolmanager.pool_classes_by_scheme = pools
+        if self.client.proxy:
+            adapter.proxy_manager_for(self.client.proxy).pool_classes_by_scheme = pools
+        return adapter
+
+    def send(self, prepared: Any, limit: int) -> Answer:
+        """One request and its whole answer. Raises TooLarge, and what the libraries do."""
+        self.is_new = self.is_answering = False
+        proxy = self.client.proxy
+        response = self.adapter.send(
+            prepared, stream=True, timeout=self.seconds_left(), verify=self.client.ca_file or True,
+            proxies={"http": proxy, "https": proxy} if proxy else {})
+        body = response.raw.read(limit + 1, decode_content=False)
+        if len(body) > limit:
+            raise TooLarge(f"{limit >> 10} KiB")
+        response.raw.release_conn()
+        return Answer(response.status_code, response.headers, body)
+
+    def was_dead(self, error: Exception) -> bool:
+        """Whether a kept connection failed before it brought the first byte of an answer."""
+        return not (self.is_new or self.is_answering or isinstance(error, TimeoutError))
 
     def close(self) -> None:
-        """Closes the kept connection."""
-        self.request.let_go()
-        if self.adapter is not None:
-            self.adapter.close()
+        """Hangs up, which ends a request that is still under way."""
+        self.until = 0.0
+        for owner in (self.live, self):
+            with contextlib.suppress(Exception):    # none is there, or it is closed
+                owner.sock.shutdown(socket.SHUT_RDWR)
+        self.adapter.close()
+        if self.client.ssh is not None:
+            self.client.ssh.close()
+
+
+def redact_answer(answer: Answer, redactor: Redactor) -> Answer:
+    """The answer without tokens that it echoes, before any text of it is cut."""
+    headers = {name.title(): redactor.redact(value) for name, value in answer.headers.items()}
+    body = redactor.redact(answer.body.decode(errors="replace")).encode()
+    return Answer(answer.status, headers, body)
+
+
+class HttpClient:
+    """One HTTP server. Every request of this program leaves here."""
+
+    def __init__(self, url: str, host: str, port: int, ca_file: str | None, proxy: str = "",
+                 private_only: bool = False, ssh: Ssh | None = None) -> None:
+        import encodings.idna  # noqa: F401  # before threads do, which look names up with it
+        self.url, self.host, self.port, self.ca_file = url, host, port, ca_file
+        self.proxy, self.private_only, self.ssh = proxy, private_only, ssh
+        self.look_up = Question(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        self.good_address = ""          # that took the last connection
+        self.connection: Connection | None = None
+
+    def find_addresses(self, until: float) -> list[str]:
+        """Those of the server, or of the proxy to it, each of them judged. Raises NameServerSlow,
+        PublicAddress, OSError, UnicodeError.
+        """
+        try:
+            found = self.look_up.ask(until)
+        except TimeoutError:
+            raise NameServerSlow from None
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        for address in addresses:
+            if self.private_only and not is_private(address.partition("%")[0]):
+                raise PublicAddress(f"{self.host} leads to {address}, a public address, and"
+                                    f" {CLEARTEXT}")
+        return addresses
+
+    def close(self) -> None:
+        """Hangs up; the next request looks up and connects anew."""
+        if self.connection is not None:
+            self.connection.close()
+        self.connection = None
+
+    def try_once(self, prepared: Any, until: float, limit: int) -> Answer:
+        """Sends it, through the connection that is kept, where one is."""
+        if self.connection is None:
+            self.connection = Connection(self, [] if self.ssh else self.find_addresses(until))
+        connection = self.connection
+        connection.until = until
+        answer: Answer = Question(lambda: connection.send(prepared, limit)).ask(until)
+        return answer
+
+    def exchange(self, method: str, path: str, headers: Mapping[str, str], body: str | None,
+                 seconds: float, limit: int) -> Answer:
+        """A request and its answer of at most `limit` bytes, within `seconds`. Raises whatever goes
+        wrong. A kept connection that turns out to be dead is replaced once, as load balancers close
+        idle ones.
+        """
+        import requests
+        until, kept = read_clock() + seconds, self.connection
+        prepared = requests.Request(method, self.url + path, dict(headers), data=body).prepare()
+        try:
+            try:
+                return self.try_once(prepared, until, limit)
+            except Exception as error:
+                if kept is None or not kept.was_dead(error):
+                    raise
+                self.close()
+                return self.try_once(prepared, until, limit)
+        except Exception:
+            self.close()
+            raise
 
 
 def find_proxy(config: Config) -> str:
@@ -1935,18 +1730,19 @@ def find_proxy(config: Config) -> str:
     """
     import requests.utils
     import urllib3.util
+    if config.ssh or is_loopback(config.gateway_host):
+        return ""
     named = requests.utils.get_environ_proxies(config.gateway)
-    proxy = requests.utils.select_proxy(config.gateway, named) or ""
-    if not proxy or config.ssh or is_loopback(config.gateway_host):
+    proxy: str = requests.utils.select_proxy(config.gateway, named) or ""
+    if not proxy:
         return ""
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     with contextlib.suppress(ValueError):
         parsed = urllib3.util.parse_url(proxy)
         if parsed.host and parsed.scheme in ("http", "https"):
-            return proxy
+            return parsed.url       # as `requests` will write it
     raise AgentError(f"the proxy that the environment names for {config.gateway} is not an HTTP"
-                     " proxy, the only kind that this program can use: correct http_proxy,"
-                     " https_proxy or all_proxy, or name the gateway in no_proxy")
+                     " proxy: correct http_proxy, https_proxy or all_proxy, or set no_proxy")
 
 
 def split_proxy(proxy: str) -> tuple[str, int]:
@@ -1954,16 +1750,6 @@ def split_proxy(proxy: str) -> tuple[str, int]:
     import urllib3.util
     parsed = urllib3.util.parse_url(proxy)
     return (parsed.host or "").strip("[]"), parsed.port or (443 if parsed.scheme == "https" else 80)
-
-
-def format_peer(config: Config, proxy: str) -> str:
-    """Whom the agent connects to, for people."""
-    if config.ssh:
-        return f"{config.ssh_gateway} through ssh to {config.ssh}"
-    if not proxy:
-        return f"{format_host(config.gateway_host)}:{config.gateway_port}"
-    host, port = split_proxy(proxy)
-    return f"the proxy {format_host(host)}:{port}"
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
@@ -1978,213 +1764,223 @@ def causes_of(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def explain_failure(error: BaseException, peer: str, config: Config) -> tuple[str, str]:
+# What to do about a certificate, by OpenSSL's code, see openssl-verification-options(1).
+CERTIFICATE_REMEDIES = (
+    ((9, 10), "Renew it, or correct this machine's clock"),
+    ((18, 19, 20, 21), "Give its issuer's root certificate with --ca-file"),
+    ((62, 64), "Give a name that is in it with --gateway-host"),
+    ((26,), "Have it made for servers (extendedKeyUsage serverAuth)"))
+
+
+def explain_failure(error: BaseException, peer: str, try_next: str) -> tuple[str, str]:
     """What went wrong on the way to an answer, and the remedy."""
     import ssl
     chain = causes_of(error)
-    text = " ".join(printable(each) for each in chain)
-    try_health = TRY_HEALTH.format(config=config)
 
     def among(kind: Any) -> Any:
         return next((each for each in reversed(chain) if isinstance(each, kind)), None)
 
-    if among(AnswerTooLarge):
-        return f"the answer is larger than {error}", "Is this the gateway? " + try_health
-    if among(NameServerSlow):
-        return (f"name server slow: no address of {peer} yet", "A late answer is used for the next"
-                " attempt. Check the name servers in /etc/resolv.conf")
-    if among((socket.gaierror, UnicodeError)):
-        return f"no address is known of {peer}", "Check the name, and /etc/resolv.conf"
-    if among(TimeoutError):
-        return f"no complete answer in time from {peer}", try_health
-    if among(ConnectionRefusedError):
-        return f"connection refused by {peer}", f"Is the gateway or its tunnel up? {try_health}"
-    # OpenSSL's codes, see openssl-verification-options(1); urllib3 1.26 judges names itself.
-    code = getattr(among(ssl.SSLCertVerificationError), "verify_code", None)
-    if code in (9, 10):
-        return (f"the certificate of {peer} is not valid now",
-                "Renew it, or correct this machine's clock")
-    if code in (62, 64) or "doesn't match" in text:
-        return (f"the certificate of {peer} is not for {config.gateway_host}",
-                f"Give {'--ssh-gateway' if config.ssh else '--gateway-host'} a name that is in the"
-                " certificate")
-    if code is not None:
-        return (f"the certificate of {peer} has an unknown issuer",
-                "Give the issuer's root certificate with --ca-file")
-    if "TLS CA certificate bundle" in text:
-        return "the file of --ca-file is gone", "Put the root certificates back there"
-    if among(ssl.SSLError):
-        return f"no TLS 1.2 or newer at {peer}", f"Is it the port of https? {try_health}"
+    refused = among(ssl.SSLCertVerificationError)
+    if refused is not None:
+        remedy = next((remedy for codes, remedy in CERTIFICATE_REMEDIES
+                       if refused.verify_code in codes), "Have it made anew")
+        reason = printable(refused.verify_message.rstrip("."))
+        return f"the certificate of {peer} is refused, {reason}", remedy
+    for kind, text, remedy in (
+            (TooLarge, f"the answer of {peer} is larger than {error}", try_next),
+            (NameServerSlow, f"name server slow: no address of {peer} yet",
+             "Check /etc/resolv.conf"),
+            ((socket.gaierror, UnicodeError), f"no address is known of {peer}",
+             "Check the name, and /etc/resolv.conf"),
+            (TimeoutError, f"no complete answer in time from {peer}", try_next),
+            (ConnectionRefusedError, f"connection refused by {peer}", f"Is it up? {try_next}"),
+            (ssl.SSLError, f"no TLS 1.2 or newer at {peer}", "Is it the port of https?"),
+            (MemoryError, "there is no memory left", "Free some, see `free -m`")):
+        if among(kind):
+            return text, remedy
     inner = among(OSError) or chain[-1]
-    return f"the connection to {peer} broke, {type(inner).__name__}: {printable(inner)}", try_health
+    return (f"the connection to {peer} broke, {type(inner).__name__}: {printable(inner)}", try_next)
 
 
 class GatewayClient:
     """Registers and keeps alive. Whatever happens is an Outcome."""
 
-    def __init__(self, config: Config, alarm: Alarm | None) -> None:
+    def __init__(self, config: Config) -> None:
         self.config, self.proxy = config, find_proxy(config)
-        self.peer = format_peer(config, self.proxy)
-        self.http = HttpClient(config.gateway, alarm, self.proxy, config.ca_file,
-                               config.allow_cleartext, config.gateway_socket)
-
-    def outcome_of_failure(self, error: Exception) -> Outcome:
-        """What a request without an answer means."""
-        for each in causes_of(error):
-            if isinstance(each, UnsafeAddress):
-                kind = Kind.UNSAFE_NAME if each.by_name else Kind.UNSAFE
-                return Outcome(kind, each.fault, each.remedy)
-        text, remedy = explain_failure(error, self.peer, self.config)
+        self.ssh = Ssh(config) if config.ssh else None
+        host, port = config.gateway_host, config.gateway_port
+        self.peer = f"{format_host(host)}:{port}"
+        if config.ssh:
+            self.peer += f" through ssh to {config.ssh}"
         if self.proxy:
-            remedy = f"The environment names this proxy (no_proxy leaves it out). {remedy}"
+            host, port = split_proxy(self.proxy)
+            self.peer = f"the proxy {format_host(host)}:{port}"
+        cleartext = not (config.tls or config.allow_cleartext or config.ssh)
+        with contextlib.suppress(OSError):      # a name: it is judged when it is looked up
+            address = host if ":" in host else socket.inet_ntoa(socket.inet_aton(host))
+            if cleartext and not is_private(address):
+                raise AgentError(f"{host} is a public address, and {CLEARTEXT}. {TRY_TLS}")
+        self.http = HttpClient(config.gateway, host, port, config.ca_file, self.proxy, cleartext,
+                               self.ssh)
+
+    def explain(self, error: Exception) -> Outcome:
+        """What a request without an answer means. ssh's own last line tells most."""
+        if isinstance(error, PublicAddress):
+            return Outcome(Kind.UNSAFE, str(error), TRY_TLS)
+        text, remedy = explain_failure(error, self.peer, TRY_HEALTH.format(config=self.config))
+        said = self.config.redactor.redact(self.ssh.said).strip() if self.ssh else ""
+        if said:
+            text = f"ssh to {self.config.ssh} says: {printable('; '.join(said.splitlines()[-2:]))}"
+            remedy = (f"As this user `ssh {self.config.ssh}` must work without a question, and the"
+                      " gateway be reached from there")
         return Outcome(Kind.TROUBLE, text, remedy)
 
     def ask(self, method: str, path: str, body: str | None, seconds: float, limit: int) -> Answer:
         """A request to the machine API with the token. Raises as `HttpClient.exchange`."""
+        if self.ssh is not None and not self.ssh.is_up():
+            seconds = max(seconds, SSH_DEADLINE)
         # Without Content-Type the gateway says 400.
         headers = {"Authorization": f"Bearer {self.config.token.reveal()}",
                    "Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return self.http.exchange(method, f"/api/v1{path}", headers, body, seconds, limit)
+        return redact_answer(self.http.exchange(
+            method, f"/api/v1{path}", headers, body, seconds, limit), self.config.redactor)
 
-    def send(self, call: str, payload: dict[str, Any], seconds: float) -> Outcome:
+    def send(self, call: str, payload: Mapping[str, Any], seconds: float) -> Outcome:
         """Sends a register or keepalive, within `seconds`."""
         text = json.dumps(payload, separators=(",", ":"), default=Secret.reveal)
-        LOG.debug("> POST %s/api/v1/machine/%s %s", self.http.url, call, printable(text, 1000))
+        LOG.debug("> POST %s/api/v1/machine/%s %s", self.config.gateway, call, text)
         start, limit = read_clock(), CONFIG_LIMIT if call == REGISTER else ANSWER_LIMIT
         try:
             answer = self.ask("POST", f"/machine/{call}", text, seconds, limit)
+            if LOG.isEnabledFor(logging.DEBUG):
+                LOG.debug("< %d in %.1f ms %s %s", answer.status, (read_clock() - start) * 1000,
+                          printable(answer.headers, 1000), describe_body(answer.body))
+            outcome = classify(call, answer, self.config, str(payload["machine_id"]))
         except Exception as error:  # of any kind: a stranger's bytes went through the libraries
             LOG.debug("< no answer", exc_info=True)
-            return self.outcome_of_failure(error)
-        if LOG.isEnabledFor(logging.DEBUG):
-            LOG.debug("< %d in %.1f ms %s %s", answer.status, (read_clock() - start) * 1000,
-                      printable(answer.headers, 1000), describe_body(answer.body))
-        return classify(call, answer.status, answer.headers, answer.body, payload["machine_id"],
-                        self.config)
+            outcome = self.explain(error)
+        if self.proxy and outcome.kind is Kind.TROUBLE:
+            return outcome._replace(remedy=f"The environment names {self.peer}; no_proxy leaves it"
+                                    f" out. {outcome.remedy}")
+        return outcome
+
+    def has_lost_ssh(self) -> bool:
+        """Whether the ssh of the kept connection has ended."""
+        return self.ssh is not None and self.http.connection is not None and not self.ssh.is_up()
 
 
-def probe_tcp(host: str, port: int, seconds: float) -> None:
-    """Connects, sends nothing, closes. Raises OSError."""
-    socket.create_connection((host, port), seconds).close()
-
-
-def probe_tls(host: str, port: int, seconds: float) -> bytes:
+def show_certificate(host: str, port: int, seconds: float) -> bytes:
     """The certificate that a TLS server shows, which is not verified. Raises OSError."""
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    end = read_clock() + seconds
     with socket.create_connection((host, port), seconds) as plain:
-        plain.settimeout(max(end - read_clock(), 0.001))    # of the handshake as a whole
         with context.wrap_socket(plain, server_hostname=host) as tls:
             return tls.getpeercert(binary_form=True) or b""
 
 
-class K3sClient:
-    """Looks at this machine's k3s with the tokens that the gateway and the operator gave it."""
+class K3sWatch:
+    """Looks at this machine's k3s with the token that the gateway uses there."""
 
     TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"      # no objects, so no secrets
 
     def __init__(self, config: Config, machine_id: str) -> None:
-        import urllib.parse
-        self.config = config
-        url = urllib.parse.urlsplit(config.k3s_url)
+        import ssl  # noqa: F401  # before its threads do
+        self.config, url = config, urllib.parse.urlsplit(config.k3s_url)
         self.host, self.port = url.hostname or "", url.port or 443
-        self.place = f"{format_host(self.host)}:{self.port}"
-        self.http = HttpClient(config.k3s_url, None, ca_file=config.k3s_ca_file)
-        self.workers = "/api/v1/namespaces/default/pods?" + urllib.parse.urlencode({
+        self.http = HttpClient(config.k3s_url, self.host, self.port, config.k3s_ca_file)
+        self.pods = "/api/v1/namespaces/default/pods?" + urllib.parse.urlencode({
             "includeObject": "None",
             "fieldSelector": "status.phase!=Succeeded,status.phase!=Failed",
             "labelSelector": f"run.beam.cloud/role=worker,run.beam.cloud/machine-id={machine_id}"})
-        self.query, self.is_looking, self.due, self.late_at = BackgroundQuery(), False, 0.0, 0.0
+        self.question = Question(self.look_now)
+        self.token: Secret | None = None        # that the looks so far were made with
+        self.steady, self.was_usable, self.due = Steady(), False, -math.inf
+        self.view = K3sView(f"k3s was not seen yet at {config.k3s_url}, so {NO_CPU}: {TRY_K3S}")
 
-    def ask(self, method: str, path: str, token: Secret, body: str | None = None,
+    def ask(self, method: str, path: str, token: Secret, until: float, body: str | None = None,
             accept: str = "application/json") -> Answer:
         """A request to the API, only where its CA is known. Raises as `HttpClient.exchange`."""
-        if not (self.config.k3s_ca_file and os.path.isfile(self.config.k3s_ca_file)):
-            raise AgentError(f"the root certificate of k3s is not at {self.config.k3s_ca_file}")
+        if not os.path.isfile(self.config.k3s_ca_file or ""):
+            raise AgentError(f"its root certificate is not at {self.config.k3s_ca_file}")
         headers = {"Authorization": f"Bearer {token.reveal()}", "Accept": accept,
                    "Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return self.http.exchange(method, path, headers, body, HOST_DEADLINE, CONFIG_LIMIT)
+        return redact_answer(self.http.exchange(
+            method, path, headers, body, until - read_clock(), CONFIG_LIMIT), self.config.redactor)
 
-    def explain(self, error: Exception) -> str:
-        """Why no worker can run, by what went wrong on the way to an answer; with the remedy."""
-        here = Config(gateway_host=self.host, gateway_port=self.port, tls=True, ssh=None)
-        text = explain_failure(error, self.place, here)[0]
-        if isinstance(error, AgentError):
-            text = str(error)
-        return f"k3s cannot be used, {text}, {NO_CPU}: {TRY_K3S}"
-
-    def explain_token(self) -> str:
-        """Why the gateway cannot use its token; "" where it can. Raises as `ask`."""
-        answer = self.ask("POST", "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews",
-                          self.config.k3s_token, json.dumps({
-                              "apiVersion": "authorization.k8s.io/v1",
-                              "kind": "SelfSubjectRulesReview", "spec": {"namespace": "default"}}))
-        return explain_rules(answer.status, answer.body)
-
-    def read_node(self) -> dict[str, Any]:
-        """This machine's node; {} without a token that may read it. Raises as `ask`."""
-        token = self.config.k3s_node_token
-        if token is None:
-            return {}
-        answer = self.ask("GET", "/api/v1/nodes?limit=20", token)
-        return find_node(answer.body, socket.gethostname())
-
-    def look(self) -> K3sView:
-        """What is there. Whatever goes wrong is a fault."""
+    def look_now(self) -> K3sView:
+        """What is there, within HOST_DEADLINE. Whatever goes wrong is a fault."""
+        config, until = self.config, read_clock() + HOST_DEADLINE
+        if config.k3s_token is None:
+            path, remedy = config.k3s_token_file, "give --k3s-token-file, or install the service"
+            if path:
+                remedy = (f"is k3s installed? The token is looked for in {printable(path)};"
+                          " `--print-install --install-k3s` brings k3s")
+            return K3sView(f"the k3s token is missing, so {NO_CPU}: {remedy}")
         try:
-            if not self.config.k3s_ca_file:
-                probe_tls(self.host, self.port, HOST_DEADLINE)
-                return K3sView()
-            fault = self.explain_token()
-            if fault:
-                return K3sView(fault)
-            table = self.ask("GET", self.workers, self.config.k3s_token, accept=self.TABLE)
-            workers = parse_workers(table.body, read_clock())
-            return K3sView("", workers, count_node_gpus(self.read_node()))
+            if not config.k3s_ca_file:      # no token is sent: anybody could listen there
+                Question(lambda: show_certificate(self.host, self.port, HOST_DEADLINE)).ask(until)
+                return K3sView(notice="k3s was not asked whether workers can run: give"
+                               " --k3s-ca-file, so that the token goes to k3s alone")
+            pods = self.ask("GET", self.pods, config.k3s_token, until, accept=self.TABLE)
+            workers = parse_workers(pods.body, self.view.workers or {}, read_clock())
+            if pods.status != 200 or workers is None:
+                return K3sView(explain_k3s_answer(pods), token_refused=pods.status in (401, 403))
+            nodes = self.ask("GET", "/api/v1/nodes?limit=500", config.k3s_token, until)
+            if nodes.status not in (200, 403):
+                return K3sView(explain_k3s_answer(nodes))
+            return judge_k3s(workers, find_node(nodes.body, socket.gethostname()), read_clock())
         except Exception as error:  # of any kind: a stranger's bytes went through the libraries
             LOG.debug("no answer from k3s", exc_info=True)
-            return K3sView(self.explain(error))
+            place = f"{format_host(self.host)}:{self.port}"
+            text = str(error) if isinstance(error, AgentError) else explain_failure(
+                error, place, "")[0]
+            return K3sView(f"k3s cannot be used, {text}, so {NO_CPU}: {TRY_K3S}")
 
-    def poll(self, period: float, seconds: float = 0.0) -> K3sView | None:
-        """What a look found that has ended, waited for at most `seconds`; else None. Begins one
-        each `period`, and hangs up on one that takes too long.
+    def look(self) -> K3sView:
+        """What is believed of k3s; a look at most each LOOK_PERIOD. Whether it is usable, and what
+        its node can give, changes once two looks agree, as k3s and its plugins restart; a refused
+        token and the first good look with a token count at once.
         """
-        now = read_clock()
-        if not self.is_looking and now >= self.due:
-            self.is_looking, self.due, self.late_at = True, now + period, now + HOST_DEADLINE
-        if not self.is_looking:
-            return None
+        config, now = self.config, read_clock()
+        if config.dev:
+            return K3sView()
+        if config.k3s_token != self.token:
+            self.token, self.was_usable, self.due = config.k3s_token, False, now
+        if now < self.due:
+            return self.view
         try:
-            found: K3sView = self.query.ask(self.look, seconds)
-        except (TimeoutError, RuntimeError):    # not yet; or no thread to be had
-            if now >= self.late_at:
-                self.http.request.hang_up()
-            return None
-        self.is_looking = False
-        return found
-
-    def close(self) -> None:
-        """Ends a look that is under way, and the kept connection."""
-        self.http.request.hang_up()
-        if not self.is_looking:
-            self.http.close()
+            found: K3sView = self.question.ask_once(K3S_PATIENCE)
+        except (TimeoutError, RuntimeError):    # the late answer is there at the next look
+            return self.view
+        self.due = now + LOOK_PERIOD
+        first_good = not (found.fault or self.was_usable)
+        self.was_usable = self.was_usable or first_good
+        if found.token_refused or first_good:
+            self.steady = Steady()
+        before = self.view.node
+        usable, node = self.steady.look((found.fault == "", found.node))
+        if usable == (found.fault == ""):
+            self.view = found._replace(node=node)
+        if config.offer_always:
+            notice = self.view.fault.replace(" and no CPU is offered", "") or self.view.notice
+            self.view = self.view._replace(fault="", notice=notice, node=self.view.node or before)
+        return self.view
 
 
 # ---- 8 State on disk
 def find_state_dir(config: Config) -> str:
-    """The folder for machine id and lock. Raises AgentError where none is known."""
+    """The folder for machine id, lock and status. Raises AgentError where none is known."""
     home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     home = "/var/lib" if os.geteuid() == 0 else home
-    folder = config.state_dir or os.environ.get("STATE_DIRECTORY") or f"{home}/beta9-agent"
-    folder = os.path.expanduser(folder)
+    folder = os.path.expanduser(config.state_dir or os.environ.get("STATE_DIRECTORY")
+                                or f"{home}/beta9-agent")
     if folder.startswith("~"):
         raise AgentError("this user has no home folder to keep the machine id in: give --state-dir")
     return folder
 
 
-def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
+def write_atomically(path: str, text: str, mode: int) -> None:
     """Replaces a file by one with this mode, whatever the umask, or leaves it as it was."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with open(os.open(f"{path}.new", flags, mode), "w") as file:
@@ -2207,1556 +2003,439 @@ def read_fingerprint() -> str:
 def read_machine_id(folder: str) -> str | None:
     """The kept id; None for none, a damaged one or another machine's."""
     with contextlib.suppress(AgentError):
-        text = read_file(f"{folder}/machine-id")
-        kept = re.fullmatch(f"([0-9a-f]{{8}}) {read_fingerprint()}\n", text)
+        kept = re.fullmatch(f"([0-9a-f]{{8}}) {read_fingerprint()}\n",
+                            read_file(f"{folder}/machine-id"))
         return kept[1] if kept else None
     return None
 
 
-def take_lock(file: Any) -> bool:
-    """Whether this process has the file's lock now. Raises OSError where there are no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
+def is_locked(folder: str) -> bool:
+    """Whether an agent runs with this state folder."""
+    with contextlib.suppress(OSError), open(f"{folder}/lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
-def make_machine_id(folder: str) -> str:
-    """A new id, kept; of processes that start together all get the same. Raises OSError."""
-    path = f"{folder}/machine-id"
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        end = read_clock() + HOST_DEADLINE
-        with contextlib.suppress(OSError):      # no locks here: it is kept all the same
-            while not take_lock(lock) and read_clock() < end:
-                time.sleep(0.02)
-        machine_id = read_machine_id(folder)
-        if machine_id is None:
-            machine_id = os.urandom(4).hex()
-            if os.path.lexists(path):
-                LOG.warning("%s is unreadable, damaged or another machine's: this machine gets the"
-                            " new id %s; give the old one with --machine-id", path, machine_id)
-            write_atomically(path, f"{machine_id} {read_fingerprint()}\n")
-        return machine_id
-    finally:
-        os.close(lock)
-
-
-def lock_machine(path: str) -> Any:
-    """The lock file with our pid, held until we end.
-
-    Raises AgentError where another process holds it, and OSError.
+def take_lock(folder: str) -> Any:
+    """The lock file with our pid, held until we end. Raises AgentError where another process holds
+    it, and OSError.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    file = open(os.open(path, flags, 0o600), "ab", buffering=0)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    file = open(os.open(f"{folder}/lock", flags, 0o644), "r+b", buffering=0)
     try:
-        if not take_lock(file):
-            pid = printable(read_file(path).strip())
-            raise AgentError(f"process {pid} already runs for this machine: stop it, or give"
-                             " another --machine-id", 75)
+        if is_locked(folder):
+            time.sleep(TICK)        # by --status, perhaps, for a moment
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = printable(file.read(20).decode(errors="replace").strip())
+        raise AgentError(f"process {pid} already runs as this machine: stop it, or give another"
+                         " --state-dir", 75) from None
     except OSError as error:
-        LOG.warning("%s cannot be locked, %s: see that no second agent runs with this machine id",
-                    path, error.strerror)
-    file.truncate(0)
-    file.write(b"%d\n" % os.getpid())
+        LOG.warning("%s/lock cannot be locked, %s: see that no second agent runs as this machine",
+                    folder, error.strerror)
+    with contextlib.suppress(OSError):      # a full disk: the lock holds all the same
+        os.fchmod(file.fileno(), 0o644)     # whatever the umask: other users' --status asks it
+        file.truncate(0)
+        file.write(b"%d\n" % os.getpid())
     return file
 
 
-class State(NamedTuple):
-    """The machine id, where this machine's files are, and its lock; "" and None for nowhere."""
+class State:
+    """This machine's id and lock, and what must outlive the process."""
 
-    machine_id: str
-    path: str = ""          # of its files, without their endings
-    lock: Any = None
+    def __init__(self, machine_id: str, folder: str = "", lock: Any = None,
+                 late: Question | None = None) -> None:
+        self.machine_id, self.folder, self.lock = machine_id, folder, lock
+        self.late = late        # the folder that hung at the start
+        self.promised = 0       # GPUs, that were offered with CPU last
+        if folder:
+            with contextlib.suppress(AgentError):
+                kept = as_mapping(parse_json(read_file(f"{folder}/{machine_id}.offer")))
+                self.promised = int(number_in(kept, "gpu_count") or 0)
+        self.waiting: dict[str, tuple[str, int]] = {}       # text and mode, by path
+        self.writer = Question(self.write_waiting)
+
+    def write_waiting(self) -> None:
+        for path, (text, mode) in list(self.waiting.items()):
+            write_atomically(path, text, mode)
+            if self.waiting.get(path) == (text, mode):      # and no newer one by now
+                del self.waiting[path]
+
+    def write(self, ending: str, record: Mapping[str, Any], mode: int) -> None:
+        """Writes a file of this machine, aside, as a disk can hang. What the disk does not take is
+        written with the next record.
+        """
+        if self.late is not None:
+            with contextlib.suppress(TimeoutError):
+                found = self.late.ask(read_clock())
+                self.late, self.folder, self.lock = None, found.folder, found.lock
+        if not self.folder:
+            return
+        path = f"{self.folder}/{self.machine_id}{ending}"
+        self.waiting[path] = (json.dumps(record) + "\n", mode)
+        try:
+            self.writer.ask_once(TICK)
+        except Exception as error:
+            why = "the disk hangs" if isinstance(error, TimeoutError) else explain_error(error)
+            LOG.warning("%s cannot be written, %s: keepalives go on, and it is tried again; see"
+                        " `df`, and whether this user may write there", path, why)
+
+    def keep_promise(self, offer: Offer) -> None:
+        """Keeps for the next start how many GPUs workers may hold, before any can hold them."""
+        if offer.cpu > 0 and offer.gpu_count != self.promised:
+            self.promised = offer.gpu_count
+            self.write(".offer", offer._asdict(), 0o600)
+            with contextlib.suppress(Exception):
+                if self.waiting:
+                    self.writer.ask(read_clock() + HOST_DEADLINE)
 
 
-def format_user(uid: int) -> str:
-    """The user's name."""
-    import pwd
+def make_state(config: Config, folder: str) -> State:
+    """The machine id and its lock in that folder. Where the disk cannot keep them, a warning."""
+    owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
+    if os.geteuid() == 0 and owner != 0:    # root's files there would shut that user out
+        raise AgentError(f"{folder} belongs to user #{owner}, as the installed service's does: use"
+                         f" its command beta9-agent, `sudo -u '#{owner}'`, or another --state-dir")
+    machine_id = config.machine_id or read_machine_id(folder)
+    path, lock = f"{folder}/machine-id", None
     try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"#{uid}"
+        if not os.path.isdir(folder):
+            os.makedirs(folder)
+            os.chmod(folder, 0o755)     # whatever the umask: other users' --status reads there
+        lock = take_lock(folder)
+        if machine_id is None:
+            machine_id = os.urandom(4).hex()
+            if os.path.lexists(path):
+                LOG.warning("%s is damaged or another machine's: this machine gets the new id %s;"
+                            " give the old one with --machine-id", path, machine_id)
+            write_atomically(path, f"{machine_id} {read_fingerprint()}\n", 0o600)
+    except OSError as error:
+        LOG.warning("%s cannot keep the machine id or its lock, %s: this start goes on without,"
+                    " and the id may be new next time; give --state-dir", folder,
+                    explain_error(error))
+    return State(machine_id or os.urandom(4).hex(), folder if lock else "", lock)
 
 
 def open_state(config: Config) -> State:
-    """The machine id and its lock. Where the disk cannot keep them, a warning."""
+    """This machine's state, locked. Raises AgentError where another agent has it."""
     folder = find_state_dir(config)
-    machine_id = config.machine_id or read_machine_id(folder)
-    owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
-    if os.geteuid() == 0 and owner != 0:    # root's files there would shut that user out
-        raise AgentError(f"{folder} belongs to user {format_user(owner)}: start this with"
-                         f" `runuser -u {format_user(owner)} --`, or give another --state-dir")
+    question = Question(lambda: make_state(config, folder))
     try:
-        os.makedirs(folder, exist_ok=True)
-        machine_id = machine_id or make_machine_id(folder)
-        path = f"{folder}/{machine_id}"
-        return State(machine_id, path, lock_machine(f"{path}.lock"))
-    except OSError as error:
-        LOG.warning("%s cannot keep the machine id and its lock, %s: this start goes on"
-                    " without, and an id that is not kept there is new next time; give --state-dir",
-                    folder, error.strerror)
-        return State(machine_id or os.urandom(4).hex())
+        state: State = question.ask(read_clock() + HOST_DEADLINE)
+        return state
+    except TimeoutError:
+        LOG.warning("%s hangs: until it answers this goes on without it, with a new machine id"
+                    " where none is given; give --state-dir", folder)
+        return State(config.machine_id or os.urandom(4).hex(), late=question)
 
 
-def read_promise(state: State) -> int:
-    """How many GPUs were registered when this machine last took work; 0 where nobody knows."""
-    with contextlib.suppress(AgentError):
-        if state.path:
-            kept = as_mapping(parse_json(read_file(f"{state.path}.offer").encode()))
-            count = kept.get("gpu_count")
-            return count if isinstance(count, int) else 0
-    return 0
-
-
-def write_promise(state: State, offer: Offer) -> None:
-    """Keeps an offer with CPU for the next start."""
-    try:
-        if state.path:
-            write_atomically(f"{state.path}.offer", json.dumps(offer._asdict()) + "\n")
-    except OSError as error:
-        LOG.warning("%s.offer cannot be written, %s: a start with fewer GPUs will not be noticed;"
-                    " free space there, or let this user write", state.path, error.strerror)
-
-
-# ---- 9 Children
-def start_child(words: list[str]) -> Any:
-    """Starts a program in a session of its own; all that it says comes through one pipe.
-
-    Our tokens are not in the environment. Linux ends it with the thread that started it, so call
-    this in the main one. Raises OSError.
+# ---- 9 Loop
+class Repeats(logging.Filter):
+    """Of lines that say the same the 1st, 2nd, 4th, 8th, then one in QUIET seconds is written; anew
+    after as many seconds without any. Lines say the same if their format is the same.
     """
-    import shutil
-    import subprocess
-    setpriv = shutil.which("setpriv") or ""
-    if setpriv and "busybox" not in os.path.realpath(setpriv):      # which cannot do this
-        words = [setpriv, "--pdeathsig", "TERM", *words]
-    environ = {name: text for name, text in os.environ.items() if not name.startswith("BETA9_")}
-    environ["SHELL"] = "/bin/sh"    # for ProxyJump; a service's may be nologin
-    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, start_new_session=True, env=environ)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, tuple[int, float, float]] = {}     # count, last, last that was written
 
-def can_hold_socket(path: str) -> bool:
-    """Whether ssh can listen there, as it reads signs such as : and % in another way, and no other
-    user could put something else there.
-    """
-    if not re.fullmatch(r"/[\w./+-]{1,99}", path, re.ASCII):
-        return False
-    folder = os.stat(os.path.dirname(path))
-    return folder.st_uid == os.geteuid() and not folder.st_mode & 0o022
-
-
-class Tunnel:
-    """The system's ssh, with a Unix socket as its near end; a dead or stuck one is replaced."""
-
-    def __init__(self, config: Config, state: State, deadline: float = TUNNEL_DEADLINE) -> None:
-        import shutil
-        import tempfile
-        self.program = shutil.which("ssh") or ""
-        if not self.program:
-            raise AgentError("ssh is missing: install it, `apt-get install openssh-client` or"
-                             " `dnf install openssh-clients`, then start again")
-        self.config, self.deadline, self.folder = config, deadline, ""
-        self.path = os.path.abspath(f"{state.path}.ssh")
-        if not state.path or not can_hold_socket(self.path):
-            self.folder = tempfile.mkdtemp(prefix="beta9-agent-", dir="/tmp")    # 0700
-            self.path = f"{self.folder}/ssh"
-        self.process: Any = None
-        self.said = ""              # by ssh, as far as nobody was told
-        self.start_at = self.carry_by = -math.inf
-        self.up_since: float | None = None
-        self.starts = self.failures = self.timeouts = 0     # the latter two in a row
-
-    def carries(self) -> bool:
-        """Whether ssh is there and has taken a connection."""
-        return self.up_since is not None and self.process.poll() is None
-
-    def accepts(self) -> bool:
-        """Whether ssh takes a connection: it listens when it is let in, not before."""
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(TICK)
-            probe.connect(self.path)
-            return True
-        return False
-
-    def listen(self) -> None:
-        """Takes over what ssh has said, the end of it where that is much."""
-        with contextlib.suppress(OSError):
-            data = os.read(self.process.stdout.fileno(), select.PIPE_BUF * 16)
-            self.said = (self.said + data.decode(errors="replace"))[-4000:]
-
-    def start(self, now: float) -> None:
-        """Starts ssh. Raises OSError."""
-        self.starts += 1
-        self.said, self.timeouts, self.carry_by = "", 0, now + self.deadline
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-        self.process = start_child([self.program, *ssh_arguments(self.config, self.path)])
-        os.set_blocking(self.process.stdout.fileno(), False)
-
-    def stop(self) -> None:
-        """Ends ssh, also one that hangs, and what it has started."""
-        import subprocess
-        if self.process is not None:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.1)
-            self.process.stdout.close()
-        self.process = self.up_since = None
-
-    def fail(self, why: str, now: float) -> Outcome:
-        """Ends ssh until its next start; ssh's own words are better than `why`."""
-        self.stop()
-        self.failures += 1
-        self.start_at = now + tunnel_pause(self.failures, random.uniform)
-        line, remedy = explain_ssh(self.said, self.config)
-        said = f"says: {line}" if line else why
-        return Outcome(Kind.TROUBLE, f"ssh to {self.config.ssh} {said}", remedy)
-
-    def tend(self, now: float) -> Outcome | None:
-        """Starts ssh when it is time. OK once it carries, TROUBLE where it failed, else None."""
-        if self.process is None:
-            try:
-                if now >= self.start_at:
-                    self.start(now)
-                return None
-            except OSError as error:
-                return self.fail(f"cannot be started, {explain_error(error)}", now)
-        self.listen()
-        if self.process.poll() is not None:
-            self.listen()
-            return self.fail(f"ended with {self.process.returncode}", now)
-        if self.up_since is not None:
-            return None
-        if self.accepts():
-            self.up_since = now
-            return Outcome(Kind.OK)
-        late = now > self.carry_by
-        return self.fail(f"was not let in within {self.deadline:g} s", now) if late else None
-
-    def judge(self, outcome: Outcome, timed_out: bool, now: float) -> Outcome:
-        """What a request through ssh came to, by what became of ssh meanwhile."""
-        import subprocess
-        self.listen()
-        if outcome.kind is not Kind.TROUBLE:
-            self.said, self.timeouts, self.failures = "", 0, 0
-            return outcome
-        self.timeouts = self.timeouts + 1 if timed_out else 0
-        if self.timeouts >= 2:
-            return self.fail("is stuck, as two requests in a row got no answer", now)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.1)      # it may be about to end
-        failure = self.tend(now)
-        if failure is None and "open failed" in self.said:
-            line, remedy = explain_ssh(self.said, self.config)
-            self.said = ""
-            return outcome._replace(text=f"ssh to {self.config.ssh} says: {line}", remedy=remedy)
-        return failure or outcome
-
-    def record(self) -> dict[str, Any]:
-        """Its part of the status record."""
-        return {"tunnel": self.config.ssh, "tunnel_up_since": self.up_since,
-                "tunnel_replaced": max(self.starts - 1, 0)}
-
-    def close(self) -> None:
-        """Ends ssh for good, and takes the socket away."""
-        self.stop()
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
-        with contextlib.suppress(OSError):
-            os.rmdir(self.folder)       # which may be none
-
-
-# ---- 10 Loop
-def notify_systemd(state: str) -> None:
-    """Tells systemd, where it started us. Source: sd_notify(3)."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if path:
-        address = "\0" + path[1:] if path.startswith("@") else path
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
-            unix.sendto(state.encode(), socket.MSG_DONTWAIT, address)
+    def filter(self, record: logging.LogRecord) -> bool:
+        now, key = read_clock(), f"{record.levelname} {record.msg}"
+        if len(self.seen) > 500:    # of texts from outside
+            self.seen.clear()
+        count, last, written = self.seen.get(key, (0, -math.inf, -math.inf))
+        count = 1 if now - last > QUIET else count + 1
+        due = count in (1, 2, 4, 8) or now - written >= QUIET or record.levelno < logging.INFO
+        self.seen[key] = (count, now, now if due else written)
+        return due
 
 
 class LogLines(logging.Handler):
-    """Writes lines to standard error and systemd, without tokens, and never waits for a reader."""
+    """Writes lines to standard error, without tokens; a line that nobody takes is lost."""
 
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}     # sd-daemon(3)
 
     def __init__(self, redactor: Redactor) -> None:
         super().__init__()
-        self.redactor, self.stderr = redactor, 2
-        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_APPEND
-        with contextlib.suppress(OSError):
-            mode = os.fstat(2).st_mode
-            if os.isatty(2):
-                self.stderr = os.open(os.ttyname(2), flags)
-            elif stat.S_ISFIFO(mode):
-                self.stderr = os.open("/dev/fd/2", flags)
+        self.redactor = redactor
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes one record; what nobody takes is lost."""
-        lines = [printable(self.redactor.redact(printable(line, 4000)), 4000)
-                 for line in self.format(record).split("\n")]
-        notify_systemd("STATUS=" + lines[0].encode(errors="replace").decode())
         prefix = f"{logging.Formatter().formatTime(record)} {record.levelname} "
         with contextlib.suppress(OSError):
             status = os.fstat(2)
             if os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
                 prefix = f"<{self.PRIORITIES[record.levelname]}>"
-            data = (prefix + "\n".join(lines) + "\n").encode(errors="backslashreplace")
+            lines = self.redactor.redact(self.format(record)).split("\n")
+            text = prefix + "\n".join(printable(line, 4000) for line in lines) + "\n"
+            data = text.encode(errors="backslashreplace")
             for at in range(0, len(data), select.PIPE_BUF):     # so much never blocks
-                if select.select([], [self.stderr], [], 0)[1]:
-                    os.write(self.stderr, data[at:at + select.PIPE_BUF])
+                if select.select([], [2], [], 0)[1]:
+                    os.write(2, data[at:at + select.PIPE_BUF])
 
 
-class StopFlag:
-    """Set by the first SIGTERM, SIGINT or SIGHUP; the second ends the program on the spot."""
+class TokenFiles:
+    """The tokens, read from their files again and again, as they are rotated."""
 
-    def __init__(self, alarm: Alarm) -> None:
-        self.alarm, self.at = alarm, math.inf   # when the signal came
-        self.signals = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-                        if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stay ignored
+    def __init__(self, config: Config) -> None:
+        self.config, self.question, self.paths = config, Question(self.read), {}
+        for name in SECRETS:
+            path = getattr(config, f"{name}_file")
+            if path and path != "-" and (os.path.isfile(path) or not os.path.exists(path)):
+                self.paths[name] = path         # and not a pipe, which is read once
+                with contextlib.suppress(OSError):
+                    if os.stat(path).st_mode & 0o004:
+                        LOG.warning("any user of this machine can read %s: `chmod 600` it",
+                                    printable(path))
 
-    def install(self) -> None:
-        """Takes the signals, even where the parent blocked them."""
-        for number in self.signals:
-            signal.signal(number, self.handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+    def read(self) -> dict[str, Secret | AgentError]:
+        """The token of each name, or what is wrong with its file."""
+        found: dict[str, Secret | AgentError] = {}
+        for name, path in self.paths.items():
+            try:
+                if not os.path.isfile(path):    # as a pipe would never end
+                    raise AgentError("there is no such file")
+                found[name] = read_token(path)
+            except AgentError as error:
+                found[name] = error
+        return found
 
-    def handle(self, number: int, frame: Any) -> None:
-        """The signals' handler."""
-        self.at = read_clock()
-        for each in self.signals:
-            signal.signal(each, signal.SIG_DFL)
-        self.alarm.end_requests_by(self.at + STOP_DEADLINE)
+    def read_again(self) -> None:
+        """Has a new token used from now on. While a file is not good the old one is."""
+        try:
+            found = self.question.ask_once(K3S_PATIENCE) if self.paths else {}
+        except (TimeoutError, RuntimeError):
+            return
+        for name, token in found.items():
+            if isinstance(token, AgentError):
+                LOG.warning("--%s-file: no token can be read from %s, %s; %s until then",
+                            name.replace("_", "-"), printable(self.paths[name]), token,
+                            "the last one is used" if getattr(self.config, name) else
+                            "it is waited for")
+            elif token != getattr(self.config, name):
+                self.config.redactor.remember(name, token)
+                setattr(self.config, name, token)
+                LOG.info("there is a new token in %s", printable(self.paths[name]))
 
-    def is_set(self) -> bool:
-        """Whether to stop."""
-        return self.at < math.inf
 
-    def wait_until(self, moment: float) -> None:
-        """Sleeps until then or until the flag is set, and feeds systemd's watchdog."""
-        while not self.is_set() and read_clock() < moment:
-            notify_systemd("WATCHDOG=1")
-            time.sleep(max(0.0, min(moment - read_clock(), TICK)))
+class Report:
+    """What people are told of this machine: log lines, systemd's status, and the status record."""
 
-
-class Agent:
-    """One machine's life at its gateway: registers, keeps alive, reports, leaves."""
-
-    def __init__(self, config: Config, state: State, client: GatewayClient,
-                 tunnel: Tunnel | None = None) -> None:
-        self.config, self.state, self.client, self.host = config, state, client, Host()
-        self.tunnel = tunnel
+    def __init__(self, config: Config, state: State, proxy: str) -> None:
+        LOG.filters = [Repeats()]
+        self.config, self.state, self.proxy = config, state, proxy
+        way = proxy or config.ssh
         self.started_at = self.told_at = read_clock()
-        self.lease, self.ready = Lease(self.started_at), False
-        self.trouble, self.token_lines, self.ttl_lines = (
-            Trouble(), LineBudget(), LineBudget(6 * QUIET))
-        self.registration_lines = LineBudget(2 * QUIET, free=10)
-        self.cause = ""         # of the next registration
-        self.placement = ""     # why no work comes, as it was told last
-        self.kept_offer: Offer | None = None
-        self.metrics, self.gpus = self.host.sample()
-        sample = offer_of(self.metrics, self.gpus, config)
-        self.k3s_client = K3sClient(config, state.machine_id)
-        unseen = K3sView(f"k3s was not seen yet at {config.k3s_url}, {NO_CPU}: {TRY_K3S}")
-        self.k3s = K3sState(unseen, since=self.started_at)
-        self.plan = first_offer(sample, read_promise(state), self.k3s_view(), self.started_at)
-        self.files_due, self.file_marks = 0.0, self.read_file_marks()
-        self.offer_lines, self.worker_lines = LineBudget(6 * QUIET, free=10), LineQuota()
-        self.told_workers: Mapping[str, Worker] = {}
-        # For --status.
-        self.process_start = read_process_start(os.getpid())
         self.counts = {"kept_alive": 0, "failed": 0, "registered": 0}
         self.history: collections.deque[Any] = collections.deque(maxlen=60)
         self.ready_since: float | None = None
-        self.kept_at: float | None = None
-        self.failure = ""
-        self.status_lines = LineBudget(6 * QUIET)
+        self.failure = self.placement = self.reason = self.notice = self.stopped_why = ""
+        LOG.info("machine %s, pool %s, gateway %s%s", state.machine_id, config.pool_name,
+                 config.gateway, f" through {way}" if way else "")
+        self.workers: set[str] = set()              # that the log has told of
+        self.written: tuple[Any, ...] = ()          # what the record told last
 
-    def k3s_view(self) -> K3sView:
-        """What the offer goes by."""
-        config, view = self.config, self.k3s.view
-        if config.dev:
-            return K3sView()
-        if config.offer_always:
-            return view._replace(fault="")
-        if config.k3s_token:
-            return view
-        remedy, path = "give --k3s-token-file", config.token_files.get("k3s_token")
-        if path:
-            remedy = f"it is looked for in {printable(path)}, so look at `systemctl status k3s`"
-        return K3sView(f"the k3s token is missing, {NO_CPU}: {remedy}")
-
-    def register_again(self, cause: str) -> None:
-        """Registers at once; where the gateway is away, with the next attempt."""
-        due = read_clock() if self.lease.failing_since is None else self.lease.due
-        self.cause = cause
-        self.lease = self.lease._replace(registered=False, due=due)
-
-    def plan_again(self, sample: Offer | None) -> None:
-        """Plans what to offer, after a sample of the machine or without; another offer is
-        registered.
-        """
-        before, now = self.plan, read_clock()
-        self.plan = plan_offer(before, sample, self.k3s_view(), now)
-        if self.plan.reason not in ("", before.reason) and self.offer_lines.allows(now):
-            LOG.error("%s", self.plan.reason)
-        if self.plan.offer != before.offer and self.lease.registered:
-            self.register_again(f"the offer was {format_offer(before.offer)} and is"
-                                f" {format_offer(self.plan.offer)}")
-
-    def read_file_marks(self) -> dict[str, tuple[int, ...]]:
-        """Tells the files with tokens and with the root certificate of k3s from later ones."""
-        marks: dict[str, tuple[int, ...]] = {}
-        for path in {*self.config.token_files.values(), self.config.k3s_ca_file or ""}:
-            with contextlib.suppress(OSError):
-                found = os.stat(path)
-                marks[path] = (found.st_ino, found.st_size, found.st_mtime_ns)
-        return marks
-
-    def look_at_files(self) -> None:
-        """Has new tokens and a new root certificate used at once."""
-        now, before = read_clock(), self.file_marks
-        if now < self.files_due:
+    def call_failed(self, call: str, outcome: Outcome, lease: Lease, now: float) -> None:
+        if STOP.is_set():       # it was cut short
             return
-        self.files_due, self.file_marks = now + FILES_PERIOD, self.read_file_marks()
-        if self.file_marks != before:
-            self.read_rotated_tokens()
-            self.k3s_client.close()
-            self.k3s_client = K3sClient(self.config, self.state.machine_id)
-            self.k3s = self.k3s._replace(last=None)
+        self.counts["failed"] += 1
+        self.failure = f"{call} failed, {outcome.text}. {outcome.remedy}"
+        times = ""
+        if lease.failures > 1 and lease.failing_since is not None:
+            times = f" {lease.failures} times in {format_seconds(now - lease.failing_since)}"
+        passing = outcome.kind in (Kind.TROUBLE, Kind.FORGOTTEN)
+        LOG.log(logging.WARNING if passing else logging.ERROR, "%s failed%s, %s; trying again in"
+                " %.1f s. %s", call, times, outcome.text, lease.due - now, outcome.remedy)
 
-    def look_at_k3s(self, seconds: float = 0.0) -> bool:
-        """Whether a look at k3s has ended, waited for at most `seconds`; begins the next one.
-
-        Without a use for it there is none: where all is offered anyway, a handshake tells nothing.
-        """
-        config = self.config
-        useful = config.k3s_ca_file or not config.offer_always
-        if config.dev or not config.k3s_token or not useful:
-            return False
-        look = self.k3s_client.poll(min(K3S_PERIOD, config.keepalive_interval), seconds)
-        if look is not None:
-            self.k3s = believe(self.k3s, look, read_clock())
-        return look is not None
-
-    def report_workers(self) -> None:
-        """Writes a line about each worker that came or went."""
-        workers, before = self.k3s.view.workers, self.told_workers
-        if workers is None:
-            return
-        self.told_workers = workers
-        quota, now = self.worker_lines, read_clock()
-        if quota.left_out and quota.allows(now):
-            LOG.info("%d more workers came or went meanwhile", quota.left_out)
-            quota.left_out = 0
-        for verb, some, others in (("is there", workers, before), ("has ended", before, workers)):
-            for name in sorted(set(some) - set(others)):
-                if quota.allows(now):
-                    LOG.info("worker %s %s, %s", name, verb, some[name].status)
-                else:
-                    quota.left_out += 1
-
-    def look_around(self) -> None:
-        """Looks at the files and at k3s, between two attempts."""
-        self.look_at_files()
-        before = self.k3s.view
-        if self.look_at_k3s():
-            self.plan_again(None)
-            self.report_workers()
-        if self.k3s.view != before:
-            self.write_status("running")
-
-    def describe_k3s(self) -> dict[str, Any]:
-        """What --status shows of k3s."""
-        token, view = self.config.k3s_token, self.k3s.view
-        words = "unusable" if view.fault else "usable"
-        if self.k3s.last is None:
-            words = "not looked at"
-        return {"fault": self.config.redactor.redact(view.fault),
-                "state": words, "since": self.k3s.since,
-                "token_valid_until": parse_expiry(token.reveal()) if token else None,
-                "gpu_count": view.gpu_count,
-                "worker_count": None if view.workers is None else len(view.workers),
-                "workers": [{"name": name, **worker._asdict()}
-                            for name, worker in list((view.workers or {}).items())[:100]]}
-
-    def write_status(self, state: str) -> None:
-        """Writes the record that --status shows, where the disk has room for it."""
-        config, lease, now = self.config, self.lease, read_clock()
-        ends = None if lease.confirmed_at is None else lease.confirmed_at + lease.ttl
-        redact = config.redactor.redact
-        record = {
-            "format": STATUS_FORMAT, "agent_version": VERSION, "state": state,
-            "machine_id": self.state.machine_id, "pool_name": config.pool_name,
-            "provider_name": config.provider_name, "gateway": config.gateway,
-            "proxy": self.client.peer if self.client.proxy else "",
-            **(self.tunnel.record() if self.tunnel else {}), "pid": os.getpid(),
-            "process_start": self.process_start, "wall_clock": time.time(),
-            "clock": now, "started_at": self.started_at, "ready_since": self.ready_since,
-            "failing_since": lease.failing_since, "failure": redact(self.failure),
-            "last_keepalive_at": self.kept_at,
-            "next_attempt_at": lease.due, "lease_ends_at": ends, **self.counts,
-            "offer": self.plan.offer._asdict(),
-            "warning": redact(self.plan.reason or self.placement), "k3s": self.describe_k3s(),
-            "metrics": self.metrics._asdict(), "gpus": [gpu._asdict() for gpu in self.gpus or ()],
-            "history": list(self.history)}
-        try:
-            if self.state.path:
-                text = json.dumps(record)
-                write_atomically(f"{self.state.path}.status.json", text + "\n", 0o644)
-        except OSError as error:
-            if self.status_lines.allows(now):
-                LOG.warning("%s.status.json cannot be written, %s: --status shows an old state;"
-                            " free space there, or let this user write", self.state.path,
-                            error.strerror)
-
-    def announce(self) -> None:
-        """Says what begins, and warns of what will not work."""
-        config = self.config
-        through = f" through {self.client.peer}" if self.client.proxy else ""
-        through = f" through ssh to {config.ssh}" if config.ssh else through
-        cards = "".join(f", {gpu.name or 'a lost GPU'}" for gpu in self.gpus or ())
-        LOG.info("beta9-agent %s: machine %s, pool %s, gateway %s%s, offers %s%s", VERSION,
-                 self.state.machine_id, config.pool_name, config.gateway, through,
-                 format_offer(self.plan.offer), cards)
-        if self.plan.reason:
-            LOG.warning("%s", self.plan.reason)
-        if not (config.hostname or config.dev):
-            LOG.warning("the gateway will look for this machine's k3s at machine-%s: give"
-                        " --hostname, if that is not its name", self.state.machine_id)
-        for name, found, unit in zip(("max_cpu", "max_memory", "max_gpus"), self.plan.found,
-                                     (1000, 1, 1)):
-            cap = getattr(config, name)
-            if cap is not None and cap > (found or 0):
-                LOG.warning("%s is %g, but there is only %g, and no more can be offered: lower it",
-                            name, cap / unit, (found or 0) / unit)
-        for name in SECRETS:
-            source = config.sources.get(name, "")
-            with contextlib.suppress(OSError):
-                if source.startswith("--"):
-                    LOG.warning("%s shows in `ps`: use %s-file", source, source)
-                elif os.path.isfile(source) and os.stat(source).st_mode & 0o027:
-                    LOG.warning("others can read or replace the token: `chmod g-w,o= %s`", source)
-        try:
-            load_nvml()
-        except ImportError:
-            LOG.warning("an NVIDIA driver is here, but 0 GPUs are offered, as its Python binding is"
-                        " missing: %s, then start again", how_to_install("nvidia-ml-py"))
-
-    def read_rotated_tokens(self) -> None:
-        """Reads the token files again; a new k3s token is registered at once."""
-        for name, path in self.config.token_files.items():
-            try:
-                if not os.path.isfile(path):
-                    raise AgentError("the file is gone: put it back")
-                token = parse_token(read_file(path).rstrip("\r\n"))
-            except (AgentError, ValueError) as error:
-                known = getattr(self.config, name) is not None      # else k3s is not there yet
-                if known and self.token_lines.allows(read_clock()):
-                    LOG.warning("no token in %s, so the last good one is used: %s",
-                                printable(path), error)
-                continue
-            if token != getattr(self.config, name):
-                self.config.redactor.remember(name, token)
-                setattr(self.config, name, token)
-                if name == "k3s_token":
-                    self.register_again("the k3s token has changed")
-
-    def look_at_host(self) -> None:
-        """Takes a sample; another offer is registered."""
-        self.metrics, self.gpus = self.host.sample()
-        self.plan_again(offer_of(self.metrics, self.gpus, self.config))
-
-    def payload_of(self, call: str) -> dict[str, Any]:
-        """What is sent."""
-        if call == KEEPALIVE:
-            metrics = self.metrics._replace(worker_count=count_running(self.k3s.view.workers))
-            return keepalive_payload(self.config, self.state.machine_id, metrics)
-        return register_payload(self.config, self.state.machine_id, self.plan.offer,
-                                self.config.private_ip or find_private_ip())
-
-    def attempt(self, stop: StopFlag) -> Outcome:
-        """One call, and what follows from it. Raises AgentError before the first ready only."""
-        self.read_rotated_tokens()
-        if self.lease.registered:
-            self.look_at_host()
-        before = self.lease
-        call = next_call(before, read_clock())
-        if call == REGISTER:
-            self.prepare_registration()
-        payload, start = self.payload_of(call), read_clock()
-        outcome = self.client.send(call, payload, deadline_of(call, before, self.config))
-        now = read_clock()
-        if self.tunnel is not None:
-            outcome = self.tunnel.judge(outcome, self.client.http.request.timed_out, now)
-        self.count(call, outcome, start, now)
-        self.lease = lease_after(before, call, outcome, now, self.config, random.uniform)
-        if outcome.kind is Kind.OK:
-            self.report_success(call, outcome, before, now)
-            return outcome
-        if outcome.kind is Kind.FORGOTTEN:
-            self.cause = f"the gateway did not know this machine any more ({outcome.text})"
-        self.fail(call, outcome, now, stop)
-        return outcome
-
-    def fail(self, call: str, outcome: Outcome, now: float, stop: StopFlag) -> None:
-        """What follows from a failure. Raises AgentError before the first ready only."""
-        waited = now - self.started_at
-        code = exit_code_after(outcome, self.lease, waited, now, self.config)
-        if code is not None and not self.ready and not stop.is_set():
-            raise AgentError(f"giving up after {waited:.1f} s: {call} failed, {outcome.text}."
-                             f" {outcome.remedy}", code)
-        if self.tunnel is not None and not self.tunnel.carries():
-            self.lease = self.lease._replace(due=self.tunnel.start_at)
-            self.tunnel.start_at = self.next_wake()     # sooner, where patience ends before it
-        self.report_failure(call, outcome, now)
-
-    def tend_tunnel(self, stop: StopFlag) -> None:
-        """Looks after ssh. Raises AgentError before the first ready only."""
-        now = read_clock()
-        outcome = self.tunnel.tend(now) if self.tunnel else None
-        if outcome is None:
-            return
-        if outcome.kind is not Kind.OK:
-            self.count("tunnel", outcome, now, now)
-            self.lease = lease_after(self.lease, "tunnel", outcome, now, self.config,
-                                     random.uniform)
-            self.fail("tunnel", outcome, now, stop)
-        self.write_status("running")
-
-    def wait_for_turn(self, stop: StopFlag) -> None:
-        """Waits for the next attempt; with --ssh also until the tunnel carries.
-
-        Looks at the files and at k3s, and after the tunnel, meanwhile. Raises AgentError before the
-        first ready only.
-        """
-        while not stop.is_set():
-            self.tend_tunnel(stop)
-            now, carries = read_clock(), self.tunnel is None or self.tunnel.carries()
-            if carries and now >= self.next_wake():
-                return
-            busy = self.tunnel is not None or self.k3s_client.is_looking
-            pause = TICK if busy else FILES_PERIOD
-            stop.wait_until(min(now + pause, self.next_wake()) if carries else now + TICK / 5)
-            self.look_around()
-
-    def count(self, call: str, outcome: Outcome, start: float, now: float) -> None:
-        """Notes a call for --status."""
-        if outcome.kind is not Kind.OK:
-            self.counts["failed"] += 1
-            self.failure = printable(f"{call} failed: {outcome.text}. {outcome.remedy}", 500)
-            return
-        self.counts["registered" if call == REGISTER else "kept_alive"] += 1
-        if call == KEEPALIVE:
+    def kept_alive(self, before: Lease, lease: Lease, offer: Offer, now: float) -> None:
+        """Tells of a keepalive where that changes something, else once in QUIET seconds."""
+        failing = before.failing_since
+        if lease.failing_since is None:
             self.failure = ""
-            self.kept_at = now
-            self.history.append({"ms": round((now - start) * 1000, 1),
-                                 "cpu": self.metrics.cpu_utilization_pct,
-                                 "memory": self.metrics.memory_utilization_pct})
-
-    def prepare_registration(self) -> None:
-        """Keeps the offer before any worker can get it, and notes why this registration is made."""
-        offer = self.plan.offer
-        if (offer.cpu or 0) > 0 and offer != self.kept_offer:
-            write_promise(self.state, offer)
-            self.kept_offer = offer
-        if self.lease.registered:
-            self.cause = f"no keepalive was confirmed for its TTL of {self.lease.ttl:g} s"
-
-    def report_failure(self, call: str, outcome: Outcome, now: float) -> None:
-        """Writes a line about a failure, unless there were many."""
-        if outcome.kind is Kind.FORGOTTEN and self.ready:
-            return      # the registration that follows at once says so
-        if self.trouble.failed(now):
-            count, since = self.trouble.count, self.lease.failing_since or now
-            times = f" {count} times in {now - since:.1f} s" if count > 1 else ""
-            say = LOG.warning if outcome.kind in (Kind.TROUBLE, Kind.FORGOTTEN) else LOG.error
-            say("%s failed%s: %s; trying again in %.1f s. %s", call, times, outcome.text,
-                max(0.0, self.lease.due - now), outcome.remedy)
-
-    def report_success(self, call: str, outcome: Outcome, before: Lease, now: float) -> None:
-        """Writes a line about what changed, else one in QUIET seconds."""
-        interval = interval_of(self.lease, self.config)
-        if (before.ttl != self.lease.ttl and interval < self.config.keepalive_interval
-                and self.ttl_lines.allows(now)):
-            LOG.info("the gateway forgets a machine after %g s, so a keepalive goes every %g s",
-                     self.lease.ttl, interval)
-        if call == REGISTER:
-            if not self.cause or self.registration_lines.allows(now):
-                LOG.info("registered%s", f" again: {self.cause}" if self.cause else "")
-                self.told_at = now
-            if outcome.placement not in ("", self.placement) and not self.config.dev:
-                LOG.warning("no work will come: %s", outcome.placement)
-            self.placement = outcome.placement
-            return
-        told = self.trouble.recovered()
-        if before.failing_since is not None or self.ready_since is None:
-            self.ready_since = now
-        if not self.ready:
+        if before.kept_at is None:
             LOG.info("ready after %.2f s", now - self.started_at)
             notify_systemd("READY=1")
-        elif told and before.failing_since is not None:
-            LOG.info("ready again after %.1f s", now - before.failing_since)
+        elif failing is not None and before.kept_at < failing:      # and not only a change is owed
+            LOG.info("ready again after %s", format_seconds(now - failing))
         elif now - self.told_at > QUIET:
-            LOG.info("ready, offers %s", format_offer(self.plan.offer))
+            self.told_at = now
+            LOG.info("ready, offers %s", format_offer(offer))
+            return
         else:
             return
-        self.ready, self.told_at = True, now
+        self.told_at = self.ready_since = now
 
-    def next_wake(self) -> float:
-        """When to act: at the next attempt, or where patience ends before it."""
-        if self.ready:
-            return self.lease.due
-        denied = math.inf if self.lease.denied_since is None else self.lease.denied_since
-        timeout = self.config.startup_timeout
-        return min(self.lease.due, denied + DENIED_PATIENCE,
-                   math.inf if timeout is None else self.started_at + timeout)
+    def call_ended(self, call: str, outcome: Outcome, before: Lease, lease: Lease, offer: Offer,
+                   metrics: Metrics, began: float) -> None:
+        now = read_clock()
+        if outcome.kind is not Kind.OK:
+            self.call_failed(call, outcome, lease, now)
+        elif call == REGISTER:
+            self.counts["registered"] += 1
+            again = "" if before.kept_at is None else " again"
+            LOG.info("registered%s, %s", again, format_offer(offer))
+            if outcome.placement not in ("", self.placement):
+                LOG.warning("no work will come: %s", outcome.placement)
+            self.placement = outcome.placement
+        else:
+            self.counts["kept_alive"] += 1
+            self.history.append({"ms": round((now - began) * 1000, 1),
+                                 "cpu": metrics.cpu_utilization_pct,
+                                 "memory": metrics.memory_utilization_pct})
+            self.kept_alive(before, lease, offer, now)
 
-    def leave(self, stop: StopFlag) -> None:
-        """Registers once more: a machine that is only registered gets no work."""
-        self.read_rotated_tokens()
-        end = stop.at + LEAVE_DEADLINE
-        stop.alarm.end_requests_by(end)
-        self.client.send(REGISTER, self.payload_of(REGISTER), end - read_clock())
+    def looked(self, view: K3sView, reason: str) -> None:
+        """Tells what has changed in k3s, and why not all is offered."""
+        if reason not in ("", self.reason):
+            LOG.error(reason)
+        elif self.reason and not reason:
+            LOG.info("all that is here is offered again")
+        self.reason = reason
+        if view.notice not in ("", self.notice):
+            LOG.warning(view.notice)
+        self.notice = view.notice
+        if view.workers is not None and set(view.workers) != self.workers:
+            came, ended = (", ".join(sorted(names)[:5]) or "none" for names in (
+                set(view.workers) - self.workers, self.workers - set(view.workers)))
+            LOG.info("workers: %d; came: %s; ended: %s", len(view.workers), came, ended)
+            self.workers = set(view.workers)
 
-    def run(self, stop: StopFlag) -> int:
-        """Lives until the flag is set; the exit code."""
-        self.look_at_k3s(K3S_PATIENCE)
-        self.plan = plan_offer(self.plan, None, self.k3s_view(), read_clock())
-        self.announce()
-        self.write_status("starting")
-        confirmed = False
-        try:
-            self.wait_for_turn(stop)
-            while not stop.is_set():
-                confirmed = self.attempt(stop).kind is Kind.OK
-                self.write_status("running")
-                if self.ready and self.config.once:
+    def describe_k3s(self, view: K3sView) -> dict[str, Any]:
+        workers = list((view.workers or {}).items())
+        asked = self.config.k3s_ca_file and not self.config.dev
+        return {"state": "unusable" if view.fault else "usable" if asked else "not asked",
+                "fault": view.fault, "notice": view.notice,
+                "node": view.node._asdict() if view.node else None,
+                "token_valid_until": parse_expiry(self.config.k3s_token),
+                "worker_count": None if view.workers is None else len(workers),
+                "workers": [{"name": name, **each._asdict()} for name, each in workers[:50]]}
+
+    def write(self, state: str, lease: Lease, offer: Offer, host: Host, view: K3sView) -> None:
+        """Writes the status record, and has systemd show its headline, where they changed."""
+        config, now, mark = self.config, read_clock(), (state, lease, offer, view, self.reason)
+        if mark == self.written:
+            return
+        self.written, gpus = mark, [gpu for gpu in host.gpus or () if gpu.name]
+        record = {
+            "format": 2, "agent_version": VERSION, "state": state, "stopped_why": self.stopped_why,
+            "machine_id": self.state.machine_id, "pool_name": config.pool_name,
+            "provider_name": config.provider_name, "gateway": config.gateway, "proxy": self.proxy,
+            "ssh": config.ssh, "pid": os.getpid(), "wall_clock": time.time(), "clock": now,
+            "started_at": self.started_at, "ready_since": self.ready_since,
+            "failing_since": lease.failing_since, "failure": self.failure,
+            "last_keepalive_at": lease.kept_at, "next_attempt_at": lease.due, "ttl": lease.ttl,
+            "lease_ends_at": lease.confirmed_at + lease.ttl if lease.registered else None,
+            **self.counts, "offer": offer._asdict(), "warning": self.reason,
+            "placement": self.placement, "metrics": host.metrics._asdict(),
+            "gpus": [gpu._asdict() for gpu in gpus], "lost_gpus": len(host.gpus or ()) - len(gpus),
+            "k3s": self.describe_k3s(view), "history": list(self.history)}
+        clean = json.loads(config.redactor.redact(json.dumps(record)))
+        notify_systemd(f"STATUS={judge(clean, state == 'running', now)[1]}")
+        self.state.write(".status.json", clean, 0o644)
+
+
+def leave(gateway: GatewayClient, config: Config, machine_id: str, lease: Lease) -> None:
+    """Registers one last time: a machine that is only registered gets no more work. Not where the
+    last call failed, as a stop must not wait for anybody.
+    """
+    notify_systemd("STOPPING=1")
+    LOG.info("stopping")
+    if lease.kept_at is not None and lease.registered and lease.failing_since is None:
+        last = lease.registered._replace(k3s_token=config.k3s_token)
+        STOP.patience = LEAVE_DEADLINE
+        gateway.send(REGISTER, register_payload(config, machine_id, last), LEAVE_DEADLINE)
+
+
+def keep(config: Config, state: State) -> int:
+    """Registers this machine and keeps it ready until told to stop; the exit code."""
+    gateway, host, tokens = GatewayClient(config), Host(config), TokenFiles(config)
+    k3s = K3sWatch(config, state.machine_id)
+    report = Report(config, state, gateway.peer if gateway.proxy else "")
+    lease, private_ip = Lease(due=report.started_at), find_private_ip()
+    offer, promise = Offer(0, 0, 0), Promise(state.promised, patience=WORKER_PATIENCE)
+    try:
+        while not STOP.is_set():
+            # What is here?
+            tokens.read_again()
+            view = k3s.look()
+            if read_clock() >= lease.due:
+                host.sample()
+                if lease.failures > 0:      # another network, perhaps
+                    private_ip = find_private_ip() or private_ip
+
+            # What should the gateway know of it?
+            now = read_clock()
+            sure = lease.registered is not None and lease.unconfirmed is None
+            known = lease.registered.offer if lease.registered and sure else None
+            offer, promise, reason = plan_offer(host.capacity.value, promise, view, known, now)
+            wanted = Registration(offer, config.k3s_token, private_ip)
+            report.looked(view, reason)
+
+            # Tell it, if it is time.
+            call = next_call(lease, wanted, now)
+            due = next_due(lease, call, gateway.has_lost_ssh(), now)
+            if now >= min(due, patience_ends(lease, report.started_at, config)):
+                if call == REGISTER:
+                    state.keep_promise(offer)
+                metrics = host.metrics._replace(worker_count=count_running(view.workers))
+                payload = (register_payload(config, state.machine_id, wanted) if call == REGISTER
+                           else keepalive_payload(config, state.machine_id, metrics))
+                outcome = gateway.send(call, payload, deadline_of(call, lease, config))
+                before, ended = lease, read_clock()
+                lease = lease_after(before, call, wanted, outcome, ended, config, random.uniform)
+                code = exit_code_after(outcome, lease, report.started_at, ended, config)
+                if code is not None and not STOP.is_set():
+                    raise AgentError(f"giving up after {ended - report.started_at:.1f} s: {call}"
+                                     f" failed, {outcome.text}. {outcome.remedy}", code)
+                report.call_ended(call, outcome, before, lease, offer, metrics, now)
+                if config.once and lease.kept_at is not None:
                     return 0
-                self.wait_for_turn(stop)
-            notify_systemd("STOPPING=1")
-            LOG.info("stopping")
-            reachable = self.tunnel is None or self.tunnel.carries()
-            if self.ready and confirmed and reachable:      # a stop must not wait for anybody
-                self.leave(stop)
-            return 0
-        finally:
-            if self.tunnel is not None:
-                self.tunnel.close()
-            self.write_status("stopped")
+            report.write("running", lease, offer, host, view)
+
+            # Wait for the next call, or the next look.
+            lost = gateway.has_lost_ssh()
+            due = next_due(lease, next_call(lease, wanted, now), lost, now)
+            STOP.wait_until(min(due, now + LOOK_PERIOD),
+                            lambda: not lost and gateway.has_lost_ssh())
+        tokens.read_again()
+        leave(gateway, config, state.machine_id, lease)
+        return 0
+    except Exception as error:
+        report.stopped_why = printable(error if isinstance(error, AgentError) else repr(error), 500)
+        raise
+    finally:
+        gateway.http.close()
+        report.write("stopped", lease, offer, host, k3s.view)
 
 
-# ---- 11 Stand-in gateway
-class StandIn:
-    """The gateway of --dev: the machine API as the real one answers it. Source: gateway-api."""
-
-    TTL = 300.0     # seconds
-    STRINGS = ("token", "machine_id", "provider_name", "pool_name", "hostname", "private_ip", "cpu",
-               "memory", "gpu_count")
-    FORMATS = (("cpu", "[0-9]+m?", "Invalid machine cpu value"),
-               ("memory", "[0-9]+([KMG]i)?", "Invalid machine memory value"),
-               ("gpu_count", "[0-9]+", "Invalid gpu count"))
-
-    def __init__(self, token: str, pool_name: str) -> None:
-        self.token, self.pool_name = token, pool_name
-        self.machines: dict[tuple[str, ...], dict[str, Any]] = {}
-
-    def answer(self, method: str, path: str, headers: Any, body: bytes) -> tuple[int, Any]:
-        """Status and JSON of the answer."""
-        route = path.partition("?")[0].removeprefix("/api/v1")
-        routes = {"/health": "GET", "/machine/list": "GET", "/machine/config": "GET",
-                  "/machine/register": "POST", "/machine/keepalive": "POST"}
-        if route not in routes:
-            return 404, {"message": "Not Found"}
-        if routes[route] != method:
-            return 405, {"message": "Method Not Allowed"}
-        if route == "/health":
-            return 200, {"status": "ok"}
-        given = headers.get("Authorization")
-        if given is None:
-            return 500, {"message": "Internal Server Error"}    # a panic
-        if given != f"Bearer {self.token}":
-            return 401, {"message": "Unauthorized"}
-        if method == "GET":
-            return 200, self.list_ready() if route == "/machine/list" else self.configuration()
-        said = parse_json(body)
-        if not isinstance(said, dict) or headers.get("Content-Type") != "application/json":
-            return 400, {"message": "Invalid payload"}
-        return self.register(said) if route.endswith(REGISTER) else self.keep_alive(said)
-
-    def configuration(self) -> dict[str, Any]:
-        """As much of it as the agent looks at."""
-        return {"config": {"worker": {"pools": {self.pool_name: {"mode": "external"}}}}}
-
-    def list_ready(self) -> list[Any]:
-        """The machines that are ready."""
-        return [{"state": machine["state"], "metrics": machine["metrics"]}
-                for machine in self.machines.values() if machine["state"]["status"] == "ready"]
-
-    def register(self, said: dict[str, Any]) -> tuple[int, Any]:
-        """POST /machine/register."""
-        fields = {name: said.get(name, "") for name in self.STRINGS}
-        if not all(isinstance(value, str) for value in fields.values()):
-            return 400, {"message": "Invalid payload"}
-        if fields["pool_name"] != self.pool_name:
-            return 500, {"message": "Invalid pool name"}
-        for name, pattern, message in self.FORMATS:
-            if not re.fullmatch(pattern, fields[name]):
-                return 500, {"message": message}
-        state = {"machine_id": fields["machine_id"], "status": "registered",
-                 "pool_name": self.pool_name, "ttl_seconds": self.TTL}
-        key = (fields["provider_name"], self.pool_name, fields["machine_id"])
-        self.machines[key] = {"state": state, "metrics": {}, "until": read_clock() + self.TTL}
-        LOG.info("gateway: %s registered, %s CPU, %s memory, %s GPUs", printable(key[2]),
-                 fields["cpu"], fields["memory"], fields["gpu_count"])
-        return 200, {**self.configuration(), "machine_state": state}
-
-    def keep_alive(self, said: dict[str, Any]) -> tuple[int, Any]:
-        """POST /machine/keepalive."""
-        metrics = said.pop("metrics", None)
-        sane = all(isinstance(value, str) for value in said.values())
-        sane = sane and (metrics is None or isinstance(metrics, dict))
-        for name, value in as_mapping(metrics).items():
-            kinds = (int, float) if name.endswith("_pct") else (int,)
-            sane = sane and type(value) in kinds and abs(value) < 2 ** 63
-        if not sane:
-            return 400, {"message": "Invalid payload"}
-        pool_name, machine_id = said.get("pool_name"), said.get("machine_id")
-        if not pool_name or not machine_id:
-            return 400, {"message": "machine_id and pool_name are required"}
-        provider = said.get("provider_name") or "generic"
-        machine = self.machines.get((provider, pool_name, machine_id))
-        if machine is None or machine["until"] <= read_clock():
-            key = f"provider:machine:{provider}:{pool_name}:{machine_id}"
-            return 500, {"message": "Failed to update keepalive: failed to get machine state"
-                         f" <{key}>: machine not found"}
-        if machine["state"]["status"] != "ready":
-            LOG.info("gateway: %s ready", printable(machine_id))
-        machine["state"] = {**machine["state"], "status": "ready"}
-        if metrics is None:
-            return 500, {"message": "Internal Server Error"}    # a panic, before the TTL is renewed
-        machine["metrics"], machine["until"] = metrics, read_clock() + self.TTL
-        return 200, {"status": "ok", "machine_state": {
-            **machine["state"], "last_keepalive": f"{time.time():.0f}",
-            "agent_version": said.get("agent_version", "")}}
-
-
-def start_stand_in(stand_in: StandIn) -> int:
-    """Has it listen on loopback; the port."""
+# ---- 10 Stand-in gateway
+def start_stand_in() -> int:
+    """A gateway for --dev, on loopback, that takes any machine; its port."""
     import http.server
+    confirmation = b'{"status": "ok", "machine_state": {"ttl_seconds": 300}}'
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = -1       # headers and body in one packet
+        protocol_version = "HTTP/1.1"       # which keeps the connection
 
-        def answer(self) -> None:
-            size = self.headers.get("Content-Length", "0")
-            body = self.rfile.read(min(int(size), ANSWER_LIMIT) if size.isdigit() else 0)
-            status, answer = stand_in.answer(self.command, self.path, self.headers, body)
-            text = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
+        def do_POST(self) -> None:
+            size = self.headers.get("Content-Length", "")
+            self.rfile.read(int(size) if re.fullmatch("[0-9]{1,5}", size) else 0)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(confirmation)))
             self.end_headers()
-            self.wfile.write(text)
-
-        do_GET = do_POST = do_PUT = do_DELETE = answer
+            self.wfile.write(confirmation)
 
         def log_message(self, format: str, *args: Any) -> None:
-            LOG.debug("gateway: %s", printable(format % args))
+            LOG.debug("stand-in gateway: %s", printable(format % args))
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    start_new_thread(server.serve_forever, ())
     return server.server_port
 
 
-# ---- 12 Check and status
-def is_utf8() -> bool:
-    """Whether whoever reads the answer can show all signs."""
-    return "utf" in (sys.stdout.encoding or "").lower()
-
-
-def format_seconds(seconds: float | None) -> str:
-    """A duration for people."""
-    if seconds is None:
-        return "?"
-    if seconds < 100:
-        return f"{max(seconds, 0):.0f} s"
-    minutes = int(seconds // 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes < 2880 else f"{minutes // 1440} days"
-
-
-class Status:
-    """A status record. It may be cut off, damaged or of another version, so all is optional."""
-
-    def __init__(self, record: object, now: float) -> None:
-        self.record, self.now = as_mapping(record), now
-
-    def text(self, name: str) -> str:
-        """A value in it, for people."""
-        return printable(self.record.get(name, "?"), 500)
-
-    def ago(self, name: str) -> float | None:
-        """Seconds since a moment in it, negative for one to come."""
-        moment = number_in(self.record, name)
-        return None if moment is None else self.now - moment
-
-    def is_running(self) -> bool:
-        """Whether the process that wrote it is still there."""
-        pid, start = number_in(self.record, "pid"), self.record.get("process_start")
-        written_before_boot = (self.ago("clock") or 0.0) < 0
-        if written_before_boot or self.record.get("state") == "stopped":
-            return False
-        if pid is None or not 0 < pid < 2 ** 31:
-            return False
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:     # another user's
-            pass
-        found = read_process_start(int(pid))
-        return found == start or not found or not start
-
-    def has_lease(self, machine_id: str | None) -> bool:
-        """Whether the gateway may take this machine for ready by what an agent here did."""
-        ended, same = self.ago("lease_ends_at"), self.record.get("machine_id") == machine_id
-        return same and (self.is_running() or (ended is not None and ended < 0))
-
-    def judge(self) -> tuple[int, str]:
-        """The exit code, and the state in words."""
-        reason = f": {self.text('failure')}" if self.record.get("failure") else ""
-        overdue, failing = self.ago("next_attempt_at"), self.ago("failing_since")
-        since, ended = self.ago("ready_since"), self.ago("lease_ends_at")
-        if not self.record:
-            return 3, ("not running, as far as is known: no record can be read. Start the agent, or"
-                       " give the --state-dir (or be the user) that it runs with")
-        if not self.is_running() and self.record.get("state") == "stopped":
-            return 3, f"not running: stopped {format_seconds(self.ago('clock'))} ago{reason}"
-        if not self.is_running():
-            return 3, f"not running, though nobody stopped it: see its log, start it again{reason}"
-        if overdue is not None and overdue > 30:
-            return 1, (f"no sign of life for {format_seconds(overdue)}: it hangs, or cannot write"
-                       " its state folder; see its log, or restart it")
-        if ended is not None and ended > 0:
-            return 1, f"its lease ran out {format_seconds(ended)} ago{reason}"
-        if failing is not None or since is None:
-            return 1, f"not ready for {format_seconds(failing)}{reason}" if reason else "starting"
-        if not number_in(as_mapping(self.record.get("offer")), "cpu"):
-            return 1, f"ready, takes no work: {self.text('warning')}"
-        return 0, f"ready for {format_seconds(since)}"
-
-
-def read_status(config: Config) -> Status:
-    """The record of the machine id, else the newest one in the state folder."""
-    import glob
-    record, folders = None, [find_state_dir(config)]
-    if not config.state_dir:
-        folders.append("/var/lib/beta9-agent")      # the service's, for other users too
-    with contextlib.suppress(AgentError, OSError, ValueError):
-        found = [glob.glob(f"{glob.escape(folder)}/{config.machine_id or '*'}.status.json")
-                 for folder in folders]
-        newest = max(found[0] or found[-1], key=os.path.getmtime)
-        record = parse_json(read_file(newest).encode())
-    return Status(record, read_clock())
-
-
-def draw_bar(name: str, share: float, text: str, signs: str) -> str:
-    """A line with a bar for a share from 0 to 1."""
-    full = round(min(max(share, 0.0), 1.0) * 30)
-    return f"{name:<11}{signs[-1] * full}{signs[1] * (30 - full)} {text}"
-
-
-def draw_sparkline(name: str, values: list[float], highest: float, text: str, signs: str) -> str:
-    """A line with a sign for each value from 0 to the highest."""
-    steps = [math.ceil(min(max(value / highest, 0.0), 1.0) * (len(signs) - 1)) for value in values]
-    return f"{name:<11}{''.join(signs[step] for step in steps):<60} {text}"
-
-
-# What `kubectl` calls it -> words for people.
-WORKER_WORDS = {
-    "Pending": "waits for room", "ContainerCreating": "is being made", "Terminating": "is ending",
-    "ErrImagePull": "image cannot be pulled", "ImagePullBackOff": "image cannot be pulled",
-    "CrashLoopBackOff": "ends again and again"}
-
-
-def format_date(seconds: float | None) -> str:
-    """The day of a moment, in seconds since 1970, for people; "" for none."""
-    import datetime
-    with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):
-        moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)  # type: ignore
-        return moment.strftime("%Y-%m-%d")
-    return ""
-
-
-def draw_k3s(status: Status, room: int) -> list[str]:
-    """What is known of k3s and its workers, in at most `room` lines."""
-    k3s = Status(status.record.get("k3s"), status.now)
-    expiry = format_date(number_in(k3s.record, "token_valid_until"))
-    count = number_in(k3s.record, "worker_count")
-    workers = [Status(entry, status.now) for entry in as_list(k3s.record.get("workers"))]
-    known = "unknown" if count is None else f"{count:.0f}"
-    until = f", token valid until {expiry}" if expiry else ""
-    lines = [f"k3s        {k3s.text('state')} for {format_seconds(k3s.ago('since'))}, workers:"
-             f" {known}{until}"]
-    for worker in workers:
-        phase = worker.text("status")
-        lines.append(f"  {worker.text('name')[:40]:<40} {format_seconds(worker.ago('since')):>9}"
-                     f"  {WORKER_WORDS.get(phase, phase)}")
-    if len(lines) > room:
-        more = (count or len(workers)) - (room - 2)
-        lines[room - 1:] = [f"  and {more:.0f} more: `kubectl get pods`"]
-    return lines
-
-
-def draw_use(status: Status, signs: str) -> list[str]:
-    """The machine's use: bars of now, and sparklines of the last 60 keepalives."""
-    metrics = as_mapping(status.record.get("metrics"))
-    cpu, memory, size, free = (number_in(metrics, name) or 0.0 for name in (
-        "cpu_utilization_pct", "memory_utilization_pct", "total_disk_space_bytes",
-        "total_disk_free_bytes"))
-    gpus, history = status.record.get("gpus"), status.record.get("history")
-    cards = [as_mapping(card) for card in gpus] if isinstance(gpus, list) else []
-    busy = sum(not card.get("free") for card in cards)
-    entries = [as_mapping(entry) for entry in history] if isinstance(history, list) else []
-    trips, loads, fills = ([number_in(entry, name) or 0.0 for entry in entries[-60:]]
-                           for name in ("ms", "cpu", "memory"))
-    return [
-        draw_bar("CPU", cpu / 100, f"{cpu:.0f} %", signs),
-        draw_bar("memory", memory / 100, f"{memory:.0f} %", signs),
-        draw_bar("disk", 1 - free / size if size else 0, f"{free / 2 ** 30:.0f} GiB free", signs),
-        draw_bar("GPUs", busy / max(len(cards), 1), f"{busy} of {len(cards)} in use", signs),
-        "",
-        draw_sparkline("round trip", trips, max([*trips, 1.0]), f"{sum(trips[-1:]):.0f} ms", signs),
-        draw_sparkline("CPU", loads, 100, "", signs),
-        draw_sparkline("memory", fills, 100, "", signs)]
-
-
-def draw_status(status: Status, headline: str, signs: str) -> list[str]:
-    """The status on a screen of 80 columns and 24 lines."""
-    def until(name: str) -> str:
-        ago = status.ago(name)
-        return format_seconds(None if ago is None else -ago)
-
-    import textwrap
-    if not status.is_running():     # as it was when that was written
-        status = Status(status.record, number_in(status.record, "clock") or status.now)
-    text, offer = status.text, as_mapping(status.record.get("offer"))
-    warning = status.record.get("warning")
-    lines = textwrap.wrap(headline, 79)
-    if warning and text("warning") not in headline:
-        lines += textwrap.wrap(text("warning"), 79)
-    if not status.record:
-        return lines
-    through = f" through {text('proxy')}" if status.record.get("proxy") else ""
-    tunnel, up = [], status.ago("tunnel_up_since")
-    if status.record.get("tunnel"):
-        state = "is down" if up is None else f"is up for {format_seconds(up)}"
-        tunnel = [f"tunnel     {state}, replaced {text('tunnel_replaced')} times, ssh to"
-                  f" {text('tunnel')}"]
-    lines = lines[:6 - len(tunnel)]
-    room = 7 - len(lines) - len(tunnel)     # that the other lines leave
-    return [line[:79] for line in [
-        *lines, "",
-        f"machine    {text('machine_id')}, pool {text('pool_name')}, provider"
-        f" {text('provider_name')}",
-        f"gateway    {text('gateway')}{through}", *tunnel,
-        f"agent      {text('agent_version')}, pid {text('pid')}, up"
-        f" {format_seconds(status.ago('started_at'))}",
-        f"keepalive  last {format_seconds(status.ago('last_keepalive_at'))} ago, next in"
-        f" {until('next_attempt_at')}, lease ends in {until('lease_ends_at')}",
-        f"counts     {text('kept_alive')} kept alive, {text('failed')} failed,"
-        f" {text('registered')} registered",
-        f"offers     {(number_in(offer, 'cpu') or 0) / 1000:g} CPUs, {offer.get('memory')} MiB"
-        f" memory, {offer.get('gpu_count')} GPUs",
-        *draw_k3s(status, room), "", *draw_use(status, signs)]]
-
-
-def show_status(config: Config, as_json: bool, watch: bool) -> int:
-    """Prints the status, with `watch` again and again; the exit code."""
-    flag = StopFlag(Alarm())
-    signs = " ▁▂▃▄▅▆▇█" if is_utf8() else " .:-=+*#"
-    screen = watch and not as_json and sys.stdout.isatty()
-    if watch:
-        flag.install()
-    print("\x1b[?1049h\x1b[?25l" if screen else "", end="")     # another screen, no cursor
-    try:
-        while True:
-            status = read_status(config)
-            code, headline = status.judge()
-            if as_json:
-                print(json.dumps({**status.record, "exit_code": code, "summary": headline,
-                                  "now": status.now}))
-            else:
-                clear = "\x1b[H\x1b[J" if screen else ""
-                print(clear + "\n".join(draw_status(status, headline, signs)))
-            sys.stdout.flush()
-            if not watch:
-                return code
-            flag.wait_until(read_clock() + 2)
-            if flag.is_set():
-                return code
-    finally:
-        print("\x1b[?25h\x1b[?1049l" if screen else "", end="")
-
-
-class Finding(NamedTuple):
-    """What a check found: `ok`, `warn` or `fail`, and words for people."""
-
-    mark: str
-    text: str
-
-
-def good(text: str) -> Finding:
-    """Nothing to do."""
-    return Finding("ok", text)
-
-
-def warn(text: str) -> Finding:
-    """It works, or will later; with the remedy."""
-    return Finding("warn", text)
-
-
-def fail(text: str) -> Finding:
-    """No work can run before this is mended; with the remedy."""
-    return Finding("fail", text)
-
-
-Checks = Mapping[str, Callable[[], list[Finding]]]
-
-
-def run_checks(checks: Checks, seconds: float) -> list[tuple[str, list[Finding]]]:
-    """What each found, by its name. All run at once, as most wait for a network."""
-    queries, end, results = {name: BackgroundQuery() for name in checks}, read_clock() + seconds, []
-    for name, query in queries.items():
-        query.start(checks[name])
-    for name, query in queries.items():
-        try:
-            found = query.ask(checks[name], max(end - read_clock(), 0.0))
-        except TimeoutError:
-            found = [fail(f"no end within {seconds:.0f} s: the lines above may say what hangs")]
-        except AgentError as error:
-            found = [fail(str(error))]
-        except ModuleNotFoundError as error:
-            found = [fail(f"not checked, as {error.name} is missing: see settings above")]
-        except Exception as error:
-            found = [fail(f"cannot be checked, {printable(repr(error))}")]
-        results.append((name, found))
-    return results
-
-
-def check_settings(config: Config) -> list[Finding]:
-    """Python, its packages, all settings at once, and the proxy."""
-    import importlib.util
-    found = [good(f"Python {sys.version.split()[0]}, {sys.executable}")]
-    for module, package in (("requests", "requests"), ("psutil", "psutil"), ("yaml", "pyyaml")):
-        if not importlib.util.find_spec(module):
-            finding = warn if package == "pyyaml" else fail
-            found.append(finding(f"{package} is not installed: {how_to_install(package)}"))
-    found += [fail(problem) for problem in config.problems]
-    if not config.problems and importlib.util.find_spec("requests"):
-        proxy = find_proxy(config)
-        found.append(good(f"connects to {format_peer(config, proxy)}"))
-    return found
-
-
-def ask_for_check(config: Config, method: str, path: str, body: str | None = None) -> Answer:
-    """The gateway's answer. Raises AgentError with what is wrong and the remedy."""
-    client = GatewayClient(config, None)
-    try:
-        return client.ask(method, path, body, CHECK_DEADLINE / 2, CONFIG_LIMIT)
-    except Exception as error:
-        outcome = client.outcome_of_failure(error)
-        raise AgentError(f"{outcome.text}. {outcome.remedy}") from None
-
-
-def explain_check(config: Config, what: str, answer: Answer) -> list[Finding]:
-    """What is wrong with an answer, and the remedy."""
-    outcome = explain_answer(what, answer.status, answer.headers, answer.body, config)
-    return [fail(f"{outcome.text}. {outcome.remedy}")]
-
-
-def open_tunnel(config: Config, tunnels: contextlib.ExitStack) -> list[Finding]:
-    """What becomes of an ssh that is left in `tunnels` to be closed.
-
-    Not for a thread, with which Linux would end ssh.
-    """
-    try:
-        tunnel = Tunnel(config, State(""), CHECK_DEADLINE / 2)
-    except AgentError as error:
-        return [fail(str(error))]
-    tunnels.callback(tunnel.close)
-    config.gateway_socket, outcome = tunnel.path, None
-    while outcome is None:
-        time.sleep(TICK / 10)
-        outcome = tunnel.tend(read_clock())
-    found = [good(f"ssh is {tunnel.program}")]
-    if outcome.kind is Kind.OK:
-        found.append(good(f"{config.ssh} accepts the key"))
-        client = GatewayClient(config, None)
-        try:
-            client.ask("GET", "/health", None, CHECK_DEADLINE / 4, ANSWER_LIMIT)
-            return [*found, good(f"it carries to {config.ssh_gateway}, seen from there")]
-        except Exception as error:
-            outcome = tunnel.judge(client.outcome_of_failure(error), timed_out=False,
-                                   now=read_clock())
-    return [*found, fail(f"{outcome.text}. {outcome.remedy}")]
-
-
-def check_gateway(config: Config) -> list[Finding]:
-    """Its name, TCP, TLS, GET /health, and the two clocks."""
-    import email.utils
-    start = read_clock()
-    answer = ask_for_check(config, "GET", "/health")
-    took = (read_clock() - start) * 1000
-    if answer.status != 200 or as_mapping(parse_json(answer.body)).get("status") != "ok":
-        return explain_check(config, "health", answer)
-    found = [good(f"{config.gateway} answers in {took:.0f} ms")]
-    with contextlib.suppress(TypeError, ValueError):
-        sent = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
-        apart = abs(sent.timestamp() - time.time())
-        if apart > 30:
-            found.append(warn(f"its clock and this one are {format_seconds(apart)} apart:"
-                              " `timedatectl set-ntp true`"))
-    return found
-
-
-def check_token(config: Config, machine_id: str | None, status: Status) -> list[Finding]:
-    """The machine token, by the list of ready machines, of which nothing is shown."""
-    import urllib.parse
-    query = urllib.parse.urlencode({"pool_name": config.pool_name,
-                                    "provider_name": config.provider_name})
-    answer = ask_for_check(config, "GET", f"/machine/list?{query}")
-    machines = parse_json(answer.body)
-    if answer.status != 200 or not isinstance(machines, list):
-        return explain_check(config, "list", answer)
-    ids = [as_mapping(as_mapping(machine).get("state")).get("machine_id") for machine in machines]
-    if machine_id in ids and not status.has_lease(machine_id):
-        return [fail(f"machine {machine_id} is ready already, kept by an agent elsewhere: stop that"
-                     " one, or give another --machine-id")]
-    return [good(f"the gateway accepts it; ready machines of this pool: {len(ids)}")]
-
-
-def check_keepalive(config: Config) -> list[Finding]:
-    """Whether there is a keepalive route, by a request that it refuses."""
-    answer = ask_for_check(config, "POST", "/machine/keepalive", "{}")
-    if answer.status == 400:
-        return [good("the gateway has the route")]
-    return explain_check(config, KEEPALIVE, answer)
-
-
-def addresses_of(settings: dict[str, Any]) -> list[tuple[str, str, int]]:
-    """What workers must reach by the gateway's configuration: the setting, host and port."""
-    import urllib.parse
-
-    def setting(path: str) -> Any:
-        value: Any = settings
-        for key in path.split("."):
-            value = as_mapping(value).get(key)
-        return value
-
-    grpc, redis = "gateway_service.grpc.external_host", setting("database.redis.addrs")
-    named = [("database.redis.addrs", f"//{address}", 6379)
-             for address in (redis if isinstance(redis, list) else [redis])[:8]]
-    named += [(grpc, f"//{setting(grpc)}:{setting(grpc.replace('host', 'port'))}", 0)]
-    named += [(name, str(setting(name)), port) for name, port in (
-        ("storage.juicefs.redis_uri", 6379), ("storage.juicefs.aws_s3_bucket", 443))]
-    named += [("worker.image_registry", f"//{setting('worker.image_registry')}", 443)]
-    found = []
-    for name, url, port in named:
-        with contextlib.suppress(ValueError):
-            parsed = urllib.parse.urlsplit(url)
-            if parsed.hostname not in (None, "none"):
-                default = 80 if parsed.scheme == "http" else port
-                found.append((name, str(parsed.hostname), parsed.port or default))
-    return found
-
-
-def check_reach(setting: str, host: str, port: int) -> list[Finding]:
-    """One TCP connection to what workers need."""
-    place = printable(f"{format_host(host)}:{port}")
-    try:
-        probe_tcp(host, port, CHECK_DEADLINE / 4)
-        return [good(f"{place} can be reached ({setting})")]
-    except (OSError, UnicodeError) as error:
-        return [fail(f"{place} cannot be reached from here, {explain_error(error)}, so workers"
-                     f" would end: correct {setting} on the gateway, or the network")]
-
-
-def check_named(config: Config, kind: str, name: str) -> list[Finding]:
-    """Whether k3s has what the gateway's configuration names, where the node's token may look."""
-    path = {"secret": "/api/v1/namespaces/default/secrets",
-            "runtimeclass": "/apis/node.k8s.io/v1/runtimeclasses"}[kind]
-    status, k3s = 0, K3sClient(config, "")
-    if config.k3s_node_token and config.k3s_ca_file:
-        status = k3s.ask("GET", f"{path}/{name}?includeObject=None", config.k3s_node_token,
-                         accept=k3s.TABLE).status
-    if status == 200:
-        return [good(f"k3s has the {kind} {name}")]
-    if status == 404:
-        return [fail(f"k3s has no {kind} {name}, which the gateway's configuration names: make it"
-                     " there, in namespace default")]
-    return [warn(f"the {kind} {name} may not be looked at: `kubectl get {kind} {name}`")]
-
-
-def check_pool(config: Config, offer: Offer) -> list[Finding]:
-    """The pool in the gateway's configuration, and each address there that workers need."""
-    answer = ask_for_check(config, "GET", "/machine/config")
-    fields = as_mapping(parse_json(answer.body))
-    if b"Unable to create remote config" in answer.body:
-        fields = {"config": None}
-    elif answer.status != 200:
-        return explain_check(config, "config", answer)
-    settings = as_mapping(fields.get("config"))
-    worker = as_mapping(settings.get("worker"))
-    pools = as_mapping(worker.get("pools"))
-    pool = as_mapping(pools.get(config.pool_name))
-    sizing = as_mapping(pool.get("pool_sizing"))
-    cpu, memory = sizing.get("default_worker_cpu"), sizing.get("default_worker_memory")
-    fault = explain_placement(fields, config)
-    if not fault and config.pool_name not in pools:
-        fault = f"the gateway has no pool {config.pool_name}: check --pool-name"
-    elif not fault and (parse_quantity(cpu) > (offer.cpu or 0)
-                        or parse_quantity(memory) > (offer.memory or 0)):
-        fault = (f"a worker of this pool needs {printable(cpu, 20)} CPU and {printable(memory, 20)}"
-                 " memory, more than is offered here: raise --max-cpu or --max-memory, or lower the"
-                 " pool's pool_sizing on the gateway")
-    needs = {str(place): functools.partial(check_reach, *place) for place in addresses_of(settings)}
-    named = [("runtimeclass", str(pool.get("runtime")))]
-    named += [("secret", str(name)) for name in as_list(worker.get("image_pull_secrets"))[:8]]
-    needs.update({f"{kind} {name}": functools.partial(check_named, config, kind, name)
-                  for kind, name in named if re.fullmatch("[a-z0-9][a-z0-9.-]{1,250}", name)})
-    reached = run_checks(needs, CHECK_DEADLINE / 3)
-    first = fail(fault) if fault else good(f"{config.pool_name} takes machines such as this one")
-    return [first] + [finding for _, found in reached for finding in found]
-
-
-def check_k3s(config: Config) -> list[Finding]:
-    """This machine's k3s: whether it listens, its token's end, and the gateway's way to it."""
-    found = [warn(f"{flag} is missing: no worker can run here without it")
-             for flag, value in (("--k3s-token-file", config.k3s_token),
-                                 ("--hostname", config.hostname)) if value is None]
-    expiry = parse_expiry(config.k3s_token.reveal()) if config.k3s_token else None
-    left = math.inf if expiry is None else expiry - time.time()
-    if left <= 0:
-        found.append(fail(f"the k3s token has expired: {NEW_K3S_TOKEN}"))
-    elif left < 30 * 86400:
-        found.append(warn(f"the k3s token expires in {format_seconds(left)}: {NEW_K3S_TOKEN}"))
-    k3s = K3sClient(config, "")
-    try:
-        here = probe_tls(k3s.host, k3s.port, CHECK_DEADLINE / 4)
-    except OSError as error:
-        return [*found, fail(f"k3s is not at {k3s.place}, {explain_error(error)}: install or start"
-                             " it, `systemctl status k3s`")]
-    found.append(good(f"{k3s.place} speaks TLS"))
-    if not config.hostname:
-        return found
-    place = f"{format_host(config.hostname)}:6443"
-    try:
-        same = probe_tls(config.hostname, 6443, CHECK_DEADLINE / 4) == here
-        found.append(good(f"{place} leads here") if same else warn(
-            f"{place} shows another certificate, so it may be another machine: correct --hostname"))
-    except (OSError, UnicodeError) as error:
-        found.append(warn(f"{place}, where the gateway looks for k3s, cannot be reached from here,"
-                          f" {explain_error(error)}: check --hostname"))
-    return found
-
-
-# A worker's job, as far as an admission can mind it.
-JOB = json.dumps({
-    "apiVersion": "batch/v1", "kind": "Job", "metadata": {"generateName": "beta9-agent-check-"},
-    "spec": {"template": {"spec": {
-        "restartPolicy": "Never", "hostNetwork": True, "containers": [
-            {"name": "check", "image": "none", "securityContext": {"privileged": True}}]}}}})
-
-
-def check_account(k3s: K3sClient) -> list[Finding]:
-    """The gateway's token, with a job that is not made. Raises as `K3sClient.ask`."""
-    token = k3s.config.k3s_token
-    fault = k3s.explain_token()
-    if fault:
-        return [fail(fault)]
-    expiry = format_date(parse_expiry(token.reveal())) or "revoked"
-    found = [good(f"k3s accepts the gateway's token for all that it does there, until {expiry}")]
-    answer = k3s.ask("POST", "/apis/batch/v1/namespaces/default/jobs?dryRun=All", token, JOB)
-    message = as_mapping(parse_json(answer.body)).get("message")
-    objection: object = answer.headers.get("Warning") or message or answer.status
-    if objection == 201:
-        return [*found, good("a privileged job would be accepted")]
-    return [*found, fail(f"a worker would be refused, {printable(objection)}: take Pod Security off"
-                         " namespace default")]
-
-
-BAD_CONDITIONS = (("Ready", "False"), ("Ready", "Unknown"), ("MemoryPressure", "True"),
-                  ("DiskPressure", "True"), ("PIDPressure", "True"))
-
-
-def check_node(node: Mapping[str, Any], gpu_count: int | None) -> list[Finding]:
-    """What keeps workers off the node."""
-    spec, status = as_mapping(node.get("spec")), as_mapping(node.get("status"))
-    name = printable(as_mapping(node.get("metadata")).get("name"), 60)
-    taints = [as_mapping(taint) for taint in as_list(spec.get("taints"))]
-    conditions = [as_mapping(condition) for condition in as_list(status.get("conditions"))]
-    faults = [f"the taint {printable(taint.get('key'), 100)}" for taint in taints
-              if taint.get("effect") != "PreferNoSchedule"]
-    faults += [f"{each['type']} {each['status']}" for each in conditions
-               if (each.get("type"), each.get("status")) in BAD_CONDITIONS]
-    found = [fail(f"node {name} has {fault}: `kubectl describe node {name}` says why, `kubectl"
-                  f" uncordon {name}` ends a cordon") for fault in faults]
-    gpus = count_node_gpus(node)
-    if (gpus or 0) < (gpu_count or 0):
-        found.append(fail(f"k3s has {gpus} of {gpu_count} GPUs for workers: {TRY_PLUGIN}"))
-    return found or [good(f"node {name} takes workers, with {gpus} GPUs")]
-
-
-def check_workers(config: Config, gpu_count: int | None) -> list[Finding]:
-    """What k3s itself says about workers, where it is known to be k3s."""
-    if not (config.k3s_ca_file and config.k3s_token):
-        return [warn("not looked at: give --k3s-ca-file, so that the token goes to k3s alone")]
-    k3s = K3sClient(config, "")
-    try:
-        found, node = check_account(k3s), k3s.read_node()
-    except Exception as error:
-        return [fail(k3s.explain(error))]
-    if not node:
-        return [*found, warn("the node is not looked at: give --k3s-node-token-file")]
-    return found + check_node(node, gpu_count)
-
-
-def check_gpus() -> list[Finding]:
-    """The cards, and what workers need to use them."""
-    try:
-        cards = describe_gpus()
-    except ImportError:
-        return [fail("a driver is here, but 0 GPUs are offered, as its Python binding is missing:"
-                     f" {how_to_install('nvidia-ml-py')}")]
-    except Exception as error:
-        return [fail(f"the driver does not answer, {explain_error(error)}: look at `nvidia-smi`")]
-    found = []
-    for line, lost, sleeps in cards:
-        if lost:
-            found.append(fail(f"{line}: look at `nvidia-smi` and `dmesg`"))
-        else:
-            found.append(warn(f"{line}; persistence mode is off: `nvidia-smi -pm 1`") if sleeps
-                         else good(line))
-    runtime = "/usr/bin/nvidia-container-runtime"
-    if cards and not os.path.exists(runtime):
-        found.append(warn(f"{runtime} is missing: install the NVIDIA container toolkit, then"
-                          " restart k3s"))
-    return found or [good("none")]
-
-
-def check_machine(config: Config, offer: Offer, status: Status) -> list[Finding]:
-    """What is offered, and what else workers and this program need."""
-    folder = parent = find_state_dir(config)
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent) or "."
-    disk = os.statvfs("/")
-    free = disk.f_bavail * disk.f_frsize / 1000 ** 3
-    found = [good(f"{format_offer(offer)}, private IP"
-                  f" {config.private_ip or find_private_ip() or 'unknown: give --private-ip'}")]
-    if not os.path.exists("/dev/fuse"):
-        found.append(fail("/dev/fuse is missing, which workers need: `modprobe fuse`"))
-    if free < 30:
-        found.append(warn(f"{free:.0f} GB are free on /, and images need 30: make room"))
-    if not os.access(parent, os.W_OK):
-        found.append(fail(f"{folder} cannot be written: give --state-dir"))
-    if is_listening(9090):
-        found.append(warn("port 9090 is taken, which a worker needs: if no worker runs, stop what"
-                          " listens there"))
-    if status.is_running():
-        found.append(good(f"an agent runs here: {status.judge()[1]}"))
-    return found
-
-
-def find_all(config: Config, tunnels: contextlib.ExitStack) -> list[tuple[str, list[Finding]]]:
-    """What each check finds, by its name; ssh, where there is one, is left in `tunnels`."""
-    status, end = read_status(config), read_clock() + CHECK_DEADLINE
-    machine_id = config.machine_id or read_machine_id(find_state_dir(config))
-    offer = Offer(None, None, None)
-    with contextlib.suppress(ModuleNotFoundError):      # said below
-        offer = offer_of(*Host().sample(), config)
-    checks: dict[str, Callable[[], list[Finding]]] = {
-        "settings": lambda: check_settings(config),
-        "tunnel": lambda: [],
-        "gateway": lambda: check_gateway(config),
-        "token": lambda: check_token(config, machine_id, status),
-        "keepalive": lambda: check_keepalive(config),
-        "pool": lambda: check_pool(config, offer),
-        "k3s": lambda: check_k3s(config),
-        "workers": lambda: check_workers(config, offer.gpu_count), "GPUs": check_gpus,
-        "machine": lambda: check_machine(config, offer, status)}
-    fault = "correct the settings above first" if config.problems else ""
-    if config.ssh and not fault:
-        if status.is_running():     # which has that port there
-            config.ssh_reverse = None
-        found = open_tunnel(config, tunnels)
-        checks["tunnel"] = lambda: found
-        if found[-1].mark == "fail":
-            fault = "mend the tunnel above first"
-    if fault:
-        skipped = [fail(f"not checked: {fault}")]
-        checks.update(dict.fromkeys(("gateway", "token", "keepalive", "pool"), lambda: skipped))
-    return run_checks(checks, end - read_clock())
-
-
-def show_check(config: Config, as_json: bool) -> int:
-    """Prints what all checks find, which change nothing; the exit code."""
-    with contextlib.ExitStack() as tunnels:
-        results = find_all(config, tunnels)
-    findings = [{"check": name, "result": mark, "text": config.redactor.redact(text)}
-                for name, found in results for mark, text in found]
-    failed = any(finding["result"] == "fail" for finding in findings)
-    if as_json:
-        print(json.dumps({"ok": not failed, "findings": findings}))
-        return int(failed)
-    signs = {"ok": "✓", "warn": "!", "fail": "✗"} if is_utf8() else {"fail": "FAIL"}
-    colours = {"ok": 32, "warn": 33, "fail": 31}
-    plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
-    for finding in findings:
-        result = finding["result"]
-        sign = signs.get(result, result)
-        shown = f"{sign:4}" if not is_utf8() else sign
-        if not plain:
-            shown = f"\x1b[{colours[result]}m{shown}\x1b[0m"
-        print(f"{shown} {finding['check']:<9} {finding['text']}")
-    return int(failed)
-
-
-def show_dry_run(config: Config) -> None:
-    """Prints the settings and what would be sent, without the network. Raises UnsafeAddress."""
-    client = GatewayClient(config, None)
-    first_hop = split_proxy(client.proxy)[0] if client.proxy else config.gateway_host
-    if not client.http.any_address:
-        require_private(first_hop, look_up_digits(first_hop))
-    machine_id = config.machine_id or read_machine_id(find_state_dir(config))
-    config.machine_id = machine_id or "new at the first start"
-    for option in OPTIONS:
-        value = getattr(config, option.name)
-        if option.group != "actions":
-            shown = "not set" if value is None else printable(value)
-            source = config.sources.get(option.name)
-            print(f"{option.name}: {shown}" + (f"  ({source})" if source else ""))
-    print("proxy:", client.peer if client.proxy else "none")
-    if config.ssh:
-        import shlex
-        path = f"{find_state_dir(config)}/{machine_id or 'ID'}.ssh"
-        print("starts:", printable(shlex.join(["ssh", *ssh_arguments(config, path)]), 2000))
-    agent = Agent(config, State(config.machine_id), client)
-    if agent.plan.reason:
-        print("offers no CPU yet:", agent.plan.reason)
-    for call in (REGISTER, KEEPALIVE):
-        text = json.dumps(agent.payload_of(call), indent=2, default=str)
-        print(f"POST {config.gateway}/api/v1/machine/{call} {text}")
-
-
+# ---- 11 Check and status
 def format_version() -> str:
     """The version, and the first digits of this file's SHA-256 as `sha256sum` prints it."""
     try:
@@ -3767,8 +2446,556 @@ def format_version() -> str:
     return f"beta9-agent {VERSION} ({digest})"
 
 
-# ---- 13 Install
-UNIT = """[Unit]
+def find_in(tree: object, *keys: str) -> Any:
+    """What stands below these keys; None for nothing."""
+    for key in keys:
+        tree = as_mapping(tree).get(key)
+    return tree
+
+
+class Status(NamedTuple):
+    """A status record, and whether its agent runs. The record may be cut off, damaged or of another
+    version, so everything in it is optional.
+    """
+
+    record: dict[str, Any]
+    running: bool
+    now: float
+
+    def text(self, *keys: str, limit: int = 60) -> str:
+        value = find_in(self.record, *keys)
+        return "?" if value is None else printable(value, limit)
+
+    def number(self, *keys: str) -> float | None:
+        return number_in(as_mapping(find_in(self.record, *keys[:-1])), keys[-1])
+
+    def until(self, name: str) -> float | None:
+        moment = self.number(name)
+        return None if moment is None else moment - self.now
+
+    def ago(self, name: str) -> str:
+        until = self.until(name)
+        return "?" if until is None else format_seconds(-until)
+
+    def parts(self, *keys: str) -> "list[Status]":
+        return [self._replace(record=as_mapping(each))
+                for each in as_list(find_in(self.record, *keys))]
+
+
+def read_record(path: str) -> dict[str, Any]:
+    """What a status record holds, {} where it cannot be read; no number is NaN or infinite."""
+    with contextlib.suppress(AgentError, ValueError, RecursionError):
+        found = json.dumps(parse_json(read_file(path)))
+        return as_mapping(json.loads(found, parse_constant=lambda name: None))
+    return {}
+
+
+def read_status(config: Config) -> Status:
+    """The record of the agent that runs, else the newest one, wherever it may be kept."""
+    import glob
+    found: list[tuple[bool, float, dict[str, Any]]] = []
+    folders = {config.state_dir or "/var/lib/beta9-agent"}      # the service's, for other users too
+    with contextlib.suppress(AgentError):       # of a user without a home
+        folders.add(find_state_dir(config))
+    for folder in folders:
+        running, holder = is_locked(folder), ""
+        found.append((running, 0.0, {}))        # it may have written no record yet
+        with contextlib.suppress(AgentError):
+            holder = read_file(f"{folder}/lock").strip()
+        for path in glob.glob(f"{glob.escape(folder)}/{config.machine_id or '*'}.status.json"):
+            record = read_record(path)
+            written_at = number_in(record, "wall_clock") or 0.0
+            found.append((running and holder == str(record.get("pid")), written_at, record))
+    running, _, record = max(found, key=lambda row: row[:2])
+    return Status(record, running, read_clock())
+
+
+def draw_history(status: Status, title: str, name: str, unit: str, top: float) -> str:
+    """A sign for each of the last 60 keepalives, from 0 to `top` or more; the last as a number."""
+    values = [entry.number(name) for entry in status.parts("history")[-60:]] or [None]
+    top = max(top, *(value or 0.0 for value in values))
+    signs = "".join(" " if value is None else "▁▂▃▄▅▆▇█"[round(max(value, 0.0) / top * 7)]
+                    for value in values)
+    return f"{title:<11}{signs:<60} " + ("?" if values[-1] is None else f"{values[-1]:.0f} {unit}")
+
+
+def draw_running(status: Status, room: int) -> list[str]:
+    """What is known of an agent that runs, in at most `room` lines."""
+    text, until = status.text, status.until
+    offer = Offer(*(int(status.number("offer", name) or 0) for name in Offer._fields))
+    busy = [gpu.record.get("free") for gpu in status.parts("gpus")].count(False)
+    lines = [
+        f"agent      {text('agent_version', limit=20)}, pid {text('pid', limit=12)}, started"
+        f" {status.ago('started_at')} ago",
+        f"keepalive  last {status.ago('last_keepalive_at')} ago, next in"
+        f" {format_seconds(until('next_attempt_at'))}, lease ends in"
+        f" {format_seconds(until('lease_ends_at'))}",
+        f"offers     {format_offer(offer)}, {busy} in use, {text('lost_gpus', limit=5)} lost",
+        f"k3s        {text('k3s', 'state')}, workers: {text('k3s', 'worker_count', limit=12)}"]
+    lines += [f"  {worker.text('name', limit=45):<45} {worker.ago('since'):>8}"
+              f"  {worker.text('status')}" for worker in status.parts("k3s", "workers")]
+    if len(lines) > room - 4:
+        lines[room - 5:] = ["  more: `kubectl get pods`"]
+    return [*lines, "", draw_history(status, "CPU", "cpu", "%", 100.0),
+            draw_history(status, "memory", "memory", "%", 100.0),
+            draw_history(status, "round trip", "ms", "ms", 1.0)]
+
+
+def draw_stopped(status: Status) -> list[str]:
+    ago, why = time.time() - (status.number("wall_clock") or 0.0), "without a word: see its log"
+    if status.record.get("state") == "stopped":
+        why = status.record.get("stopped_why") or "as it was asked to"
+    return [f"stopped    {format_seconds(ago)} ago, {why}"]
+
+
+def draw_status(status: Status, headline: str) -> list[str]:
+    """The status on a screen of 80 columns and 24 lines."""
+    import textwrap
+    text, shown = status.text, [headline]
+    for note in (text("warning", limit=300), text("k3s", "notice", limit=300)):
+        if status.running and note not in ("", "?") and note not in headline:
+            shown.append(f"! {note}")
+    lines = [line for each in shown for line in textwrap.wrap(each, 79)][:6]
+    if not status.record:
+        return [*lines, "No record can be read: start an agent, or give its --state-dir"]
+    way = status.record.get("proxy") or status.record.get("ssh")
+    lines += ["", f"machine    {text('machine_id')}, pool {text('pool_name', limit=25)}, provider"
+              f" {text('provider_name', limit=25)}",
+              f"gateway    {text('gateway')}" + (f" through {printable(way, 60)}" if way else "")]
+    lines += draw_running(status, 23 - len(lines)) if status.running else draw_stopped(status)
+    return [printable(line, 79) for line in lines]
+
+
+def quote(text: str) -> str:
+    """A label's value for Prometheus, which quotes printable text as JSON does."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def measure(status: Status, code: int) -> dict[str, Any]:
+    """The metrics; a mapping holds a value for each label; None is unknown. Of an agent that does
+    not run only that is told.
+    """
+    number, left = status.number, status.until("lease_ends_at")
+    age, cpu = status.until("last_keepalive_at"), number("offer", "cpu")
+    trips = status.parts("history")
+    trip = trips[-1].number("ms") if trips else None
+    states = [worker.text("status") for worker in status.parts("k3s", "workers")]
+    workers = {f"state={quote(state)}": states.count(state) for state in ["Running", *states]}
+    ready = status.running and number("ready_since") is not None and (left or 0.0) > 0
+    always = {"up": status.running, "ready": ready, "takes_work": code == 0}
+    return always if not status.running else {
+        **always, "info": {f"version={quote(status.text('agent_version'))}": 1},
+        "last_keepalive_seconds": None if age is None else -age, "lease_left_seconds": left,
+        "round_trip_seconds": None if trip is None else trip / 1000,
+        "keepalives_total": number("kept_alive"), "failures_total": number("failed"),
+        "registrations_total": number("registered"), "lost_gpus": number("lost_gpus"),
+        "offered_cpu_cores": None if cpu is None else cpu / 1000,
+        "offered_memory_mebibytes": number("offer", "memory"),
+        "offered_gpus": number("offer", "gpu_count"),
+        "free_gpus": number("metrics", "free_gpu_count"),
+        "workers": None if number("k3s", "worker_count") is None else workers,
+        "k3s_usable": {"usable": 1, "unusable": 0}.get(status.text("k3s", "state")),
+        "k3s_token_expiry_timestamp_seconds": number("k3s", "token_valid_until")}
+
+
+def format_prometheus(status: Status, code: int) -> str:
+    """The status in Prometheus' text format. Source: its page "exposition formats"."""
+    labels: list[str] = []
+    lines: list[str] = []
+    if status.record:
+        labels = [f"machine_id={quote(status.text('machine_id'))}",
+                  f"pool={quote(status.text('pool_name'))}"]
+    for name, found in measure(status, code).items():
+        if found is None:
+            continue
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines += [f"# HELP beta9_agent_{name} {name.replace('_', ' ')}",
+                  f"# TYPE beta9_agent_{name} {kind}"]
+        for label, value in found.items() if isinstance(found, dict) else [("", found)]:
+            shown = ",".join([*labels, label] if label else labels)
+            lines.append(f"beta9_agent_{name}{{{shown}}} {float(value):.15g}")
+    return "\n".join(lines)
+
+
+def show_status(config: Config) -> int:
+    try:
+        status = Question(lambda: read_status(config)).ask(read_clock() + HOST_DEADLINE)
+    except TimeoutError:
+        raise AgentError("the state folder hangs: is its server away? See `df`", 1) from None
+    code, headline = judge(status.record, status.running, status.now)
+    if config.json:
+        print(json.dumps({**status.record, "exit_code": code, "summary": headline,
+                          "now": status.now}))
+    elif config.prometheus:
+        print(format_prometheus(status, code))
+    else:
+        print("\n".join(draw_status(status, headline)))
+    return code
+
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+Findings = Iterator[tuple[str, str]]    # a mark of these, and words for people with the remedy
+
+
+def explain_missing(error: ModuleNotFoundError) -> str:
+    command = how_to_install("requests", "psutil", "nvidia-ml-py", "pyyaml")
+    return f"the Python package {error.name} is missing: {command}, then start again"
+
+
+class Bench:
+    """What the checks look at."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.until = config, read_clock() + 9.0     # for the check under way
+
+    def look(self) -> None:
+        """Looks at the machine and its k3s, one after the other: two threads that import one module
+        for the first time at once can both fail.
+        """
+        self.client, self.host = GatewayClient(self.config), Host(self.config)
+        self.k3s = K3sWatch(self.config, self.config.machine_id or read_machine_id(
+            find_state_dir(self.config)) or "")
+        self.host.sample()
+        self.view = self.k3s.look_now()
+        self.offer, self.shortage = fit_to_node(self.host.capacity.value, self.view)
+
+    def ask(self, path: str, status: int, kind: type, body: str | None = None) -> Any:
+        """The JSON that the gateway answers. Raises AgentError for another status or kind."""
+        call, method = path.rpartition("/")[2].partition("?")[0], "POST" if body else "GET"
+        try:
+            # In a question of its own, as the first request through ssh takes its own time.
+            answer = Question(lambda: self.client.ask(
+                method, path, body, self.until - read_clock(), CONFIG_LIMIT)).ask(self.until)
+            said = parse_json(answer.body)
+            if answer.status == status and isinstance(said, kind):
+                return said
+            if as_mapping(said).get("message") == "Unable to create remote config":
+                return {"config": None}
+            outcome = classify(call, answer, self.config, "")
+        except Exception as error:  # of any kind: a stranger's bytes went through the libraries
+            outcome = self.client.explain(error)
+        raise AgentError(f"{outcome.text or 'the answer is an unexpected one'}. {outcome.remedy}")
+
+
+def check_settings(bench: Bench) -> Findings:
+    yield OK, f"Python {sys.version.split()[0]}, {sys.executable}"
+    for problem in bench.config.problems:
+        yield FAIL, problem
+    if not bench.config.problems:
+        bench.look()    # raises where a package is missing, or proxy or ssh will not do
+
+
+def check_gateway(bench: Bench) -> Findings:
+    start = read_clock()
+    bench.ask("/health", 200, dict)
+    yield OK, f"{bench.client.peer} answers in {(read_clock() - start) * 1000:.0f} ms"
+    query = urllib.parse.urlencode({"pool_name": bench.config.pool_name,
+                                    "provider_name": bench.config.provider_name})
+    machines = bench.ask(f"/machine/list?{query}", 200, list)
+    yield OK, f"the token is accepted; ready machines of this pool: {len(machines)}"
+    # The gateway refuses a keepalive of no machine with 400, and changes nothing.
+    bench.ask("/machine/keepalive", 400, object, "{}")
+    yield OK, "it has a keepalive route"
+
+
+# What workers must reach, by the gateway's configuration, and the port where none is given.
+PLACES = (("database.redis.addrs", 6379), ("gateway_service.grpc.external_host", 0),
+          ("storage.juicefs.redis_uri", 6379), ("storage.juicefs.aws_s3_bucket", 443),
+          ("worker.image_registry", 443))
+
+
+def list_addresses(settings: object) -> list[tuple[str, str, int]]:
+    """The setting, host and port of each place."""
+    found = []
+    for name, usual_port in PLACES:
+        value = find_in(settings, *name.split("."))
+        for each in as_list(value)[:8] or [value]:
+            url = str(each) if "://" in str(each) else f"//{each}"
+            with contextlib.suppress(ValueError):
+                parsed = urllib.parse.urlsplit(url)
+                port = parsed.port or (80 if parsed.scheme == "http" else usual_port)
+                port = port or find_in(settings, "gateway_service", "grpc", "external_port")
+                if parsed.hostname and parsed.hostname.lower() != "none" and type(port) is int:
+                    found.append((name, parsed.hostname, port))
+    return found
+
+
+def probe(addresses: list[tuple[str, str, int]], until: float) -> Findings:
+    """Connects to each, all at once, and says nothing there."""
+    questions = [Question(functools.partial(socket.create_connection, (host, port), 3.0))
+                 for _, host, port in addresses]
+    for question in questions:
+        question.start()
+    for question, (setting, host, port) in zip(questions, addresses):
+        place = printable(f"{host}:{port}")
+        try:
+            question.ask(until).close()
+            yield OK, f"{place} can be reached ({setting})"
+        except (OSError, UnicodeError) as error:
+            yield FAIL, (f"{place} cannot be reached, {explain_error(error)}: correct {setting} on"
+                         " the gateway, or the network")
+
+
+def check_pool(bench: Bench) -> Findings:
+    """The pool in the gateway's configuration, and each address there that workers need."""
+    config, offer = bench.config, bench.offer
+    fields = bench.ask("/machine/config", 200, dict)
+    settings, name = fields.setdefault("config", None), config.pool_name
+    pool = find_in(settings, "worker", "pools", name)
+    cpu, memory = (find_in(pool, "pool_sizing", f"default_worker_{each}")
+                   for each in ("cpu", "memory"))
+    fault = explain_placement(fields, config)
+    if not fault and pool is None:
+        fault = f"the gateway has no pool {name}: check --pool-name"
+    elif not fault and ((parse_quantity(cpu) or 0) * 1000 > offer.cpu
+                        or (parse_quantity(memory) or 0) > offer.memory * 2 ** 20):
+        fault = (f"a worker of this pool needs {printable(cpu, 20)} CPU and"
+                 f" {printable(memory, 20)} memory, and {format_offer(offer)} are offered here:"
+                 " raise --max-cpu or --max-memory, or lower the pool's pool_sizing on the gateway")
+    yield (FAIL, fault) if fault else (OK, f"{name} takes machines such as this one")
+    yield from probe(list_addresses(settings), bench.until)
+
+
+# What the gateway does in k3s: verb, resource, API group. Source: gateway-api.
+NEEDED_RULES = (("list", "jobs", "batch"), ("create", "jobs", "batch"),
+                ("delete", "jobs", "batch"), ("list", "pods", ""))
+
+
+def check_rules(bench: Bench) -> Findings:
+    """Whether the k3s token may do there what the gateway does."""
+    answer = bench.k3s.ask(
+        "POST", "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", bench.config.k3s_token,
+        bench.until, json.dumps({"apiVersion": "authorization.k8s.io/v1", "spec": {
+            "namespace": "default"}, "kind": "SelfSubjectRulesReview"}))
+    status = find_in(parse_json(answer.body), "status")
+    allowed = [[as_list(find_in(rule, key)) for key in ("verbs", "resources", "apiGroups")]
+               for rule in as_list(find_in(status, "resourceRules"))
+               if not find_in(rule, "resourceNames")]
+    missing = [f"{needed[0]} {needed[1]}" for needed in NEEDED_RULES if not any(
+        all(word in words or "*" in words for word, words in zip(needed, rule))
+        for rule in allowed)]
+    if answer.status != 201 or find_in(status, "incomplete"):
+        yield WARN, "not all is told that the token may do: see `kubectl auth can-i --list`"
+    elif missing:
+        yield FAIL, f"the k3s token may not {', '.join(missing)}: {TRY_ACCOUNT}"
+    else:
+        yield OK, "the token may do all that the gateway does there"
+
+
+def check_hostname(bench: Bench) -> Findings:
+    """Whether the gateway's way to k3s leads to this machine, by the certificate there."""
+    config, k3s = bench.config, bench.k3s
+    place = f"{format_host(config.hostname)}:6443"
+    try:
+        here, there = (
+            Question(functools.partial(show_certificate, host, port, 2.0)).ask(bench.until)
+            for host, port in ((k3s.host, k3s.port), (config.hostname, 6443)))
+    except (OSError, UnicodeError) as error:
+        yield WARN, f"{place} cannot be reached, {explain_error(error)}: check --hostname"
+        return
+    yield (OK, f"{place} leads here") if here == there else (
+        FAIL, f"{place} shows another certificate than {config.k3s_url}, so another machine would"
+        " get the k3s token: correct --hostname")
+
+
+def check_k3s(bench: Bench) -> Findings:
+    """This machine's k3s, as the agent looks at it, and as the gateway would use it."""
+    config, view = bench.config, bench.view
+    if not config.hostname:
+        yield FAIL, "--hostname is missing: give the host or IP by which the gateway reaches k3s"
+    if view.fault:
+        raise AgentError(view.fault)
+    if config.k3s_ca_file:
+        expiry = parse_expiry(config.k3s_token)
+        left = math.inf if expiry is None else expiry - time.time()
+        text = "accepts the token" + ("" if expiry is None else f" for {format_seconds(left)}")
+        yield (OK, text) if left > 86400 else (
+            WARN, f"{text}: `systemctl start beta9-k3s-token` or `kubectl create token` makes one")
+        yield from check_rules(bench)
+    if view.notice:
+        yield WARN, view.notice
+    if view.node is not None:
+        yield OK, f"its node takes pods, and has {format_offer(view.node)} for them"
+    if bench.shortage:
+        yield (WARN if view.node is not None and view.node.gpu_count else FAIL), bench.shortage
+    if config.hostname:
+        yield from check_hostname(bench)
+
+
+def check_gpus(bench: Bench) -> Findings:
+    gpus, runtime = bench.host.gpus, "/usr/bin/nvidia-container-runtime"
+    if gpus is None:
+        raise AgentError("the NVIDIA driver does not answer: look at `nvidia-smi` and `dmesg`")
+    for index, gpu in enumerate(gpus):
+        if gpu.name is None:
+            yield FAIL, f"{index}: lost: look at `nvidia-smi` and `dmesg`"
+        else:
+            yield OK, f"{index}: {gpu.name}, {'free' if gpu.free else 'in use'}"
+    if gpus and not os.path.exists(runtime):
+        yield WARN, f"{runtime} is missing: install NVIDIA's container toolkit, and restart k3s"
+    if gpus:
+        return
+    try:
+        remedy = "`modprobe nvidia`, and see `dmesg`" if load_nvml() else ""
+    except ImportError:
+        remedy = how_to_install("nvidia-ml-py")
+    yield (FAIL, f"a driver is here, but 0 GPUs are offered: {remedy}") if remedy else (OK, "none")
+
+
+def find_parent(path: str) -> str:
+    """The nearest folder above a path that is there."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path) or "."
+    return path
+
+
+def check_machine(bench: Bench) -> Findings:
+    private_ip, images = find_private_ip(), "/var/lib/rancher/k3s"
+    yield OK, f"{format_offer(bench.offer)}, private IP {private_ip or 'unknown'}"
+    if not os.path.exists("/dev/fuse"):
+        yield FAIL, "/dev/fuse is missing, which workers need: `modprobe fuse`"
+    if "." not in private_ip:
+        yield FAIL, "there is no IPv4 default route, without which workers end: see `ip route`"
+    disk = os.statvfs(find_parent(images))
+    free = disk.f_bavail * disk.f_frsize / 1000 ** 3
+    if free < 30:
+        yield WARN, f"{free:.0f} GB are free for {images}, and images need 30: make room"
+    try:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("", 9090))
+    except OSError:
+        yield WARN, "port 9090, which a worker needs, is taken: if by no worker, stop what has it"
+    folder, status = find_state_dir(bench.config), read_status(bench.config)
+    if not os.access(find_parent(folder), os.W_OK):
+        yield FAIL, f"this user cannot write {folder}: let it, or give another --state-dir"
+    if status.running:
+        code, headline = judge(status.record, True, status.now)
+        yield WARN if code else OK, f"an agent runs here: {headline}"
+
+
+# Each check, and those that must have gone well before.
+CHECKS: list[tuple[str, set[str], Callable[[Bench], Findings]]] = [
+    ("settings", set(), check_settings), ("gateway", {"settings"}, check_gateway),
+    ("pool", {"settings", "gateway"}, check_pool), ("k3s", {"settings"}, check_k3s),
+    ("GPUs", {"settings"}, check_gpus), ("machine", {"settings"}, check_machine)]
+Finding = tuple[str, str, str]          # the check's name, and one of its findings
+
+
+def run_check(name: str, check: Callable[[Bench], Findings], bench: Bench) -> list[Finding]:
+    """What a check finds until it fails, or hangs."""
+    found: list[Finding] = []
+
+    def run() -> None:
+        for mark, text in check(bench):
+            found.append((name, mark, text))
+
+    try:
+        Question(run).ask(bench.until + 0.5)
+    except AgentError as error:
+        found.append((name, FAIL, str(error)))
+    except ModuleNotFoundError as error:
+        found.append((name, FAIL, explain_missing(error)))
+    except TimeoutError:
+        found.append((name, FAIL, "no end in time: the lines above may say what hangs"))
+    except Exception as error:      # of any kind: the other checks go on
+        found.append((name, FAIL, f"cannot be checked, {printable(repr(error))}"))
+    return list(found)
+
+
+def find_all(config: Config) -> list[Finding]:
+    """What all checks find, one after another."""
+    bench = Bench(config)
+    found: list[Finding] = []
+    failed: set[str] = set()
+    try:
+        for name, needed, check in CHECKS:
+            if needed & failed:
+                found.append((name, WARN, f"not checked: mend {min(needed & failed)} first"))
+            else:
+                found += run_check(name, check, bench)
+            failed = {each for each, mark, _ in found if mark == FAIL}
+            bench.until += 1.0
+        return found
+    finally:
+        with contextlib.suppress(Exception):    # it may not be there, or be under way
+            bench.client.http.close()
+
+
+def show_check(config: Config) -> int:
+    import textwrap
+    STOP.install()
+    STOP.patience = 0.0
+    if not config.debug:
+        logging.disable(logging.WARNING)        # what is wrong stands in the findings
+    found = [(name, mark, config.redactor.redact(text)) for name, mark, text in find_all(config)]
+    if STOP.is_set():
+        raise AgentError("interrupted: nothing was changed", 1)
+    faults = [mark for _, mark, _ in found].count(FAIL)
+    if config.json:
+        print(json.dumps({"ok": not faults, "findings": [
+            {"check": name, "result": mark, "text": text} for name, mark, text in found]}))
+        return 1 if faults else 0
+    signs = {OK: "✓", WARN: "!", FAIL: "✗"}
+    for name, mark, text in found:
+        print(textwrap.fill(f"{signs[mark]} {name:<9} {text}", 79, subsequent_indent=" " * 12,
+                            break_long_words=False, break_on_hyphens=False))
+    print(f"\n{faults} to mend before work can run here" if faults else "\nwork can run here")
+    return 1 if faults else 0
+
+
+def show_dry_run(config: Config) -> None:
+    """Prints the settings and what would be sent, without the network."""
+    client, host, redact = GatewayClient(config), Host(config), config.redactor.redact
+    for option in SETTINGS:
+        value, source = getattr(config, option.name), config.sources.get(option.name)
+        shown = "not set" if value is None else printable(value)
+        print(redact(f"{option.name}: {shown}  ({source or 'default'})"))
+    host.sample()
+    machine_id = (config.machine_id or read_machine_id(find_state_dir(config))
+                  or "new at the first start")
+    wanted = Registration(host.capacity.value, config.k3s_token, find_private_ip())
+    print(f"\nconnects to {client.peer}; where k3s gives no reason not to,"
+          " registers")
+    for call, payload in ((REGISTER, register_payload(config, machine_id, wanted)),
+                          (KEEPALIVE, keepalive_payload(config, machine_id, host.metrics))):
+        text = json.dumps(payload, indent=2, default=repr)
+        print(f"POST {config.gateway}/api/v1/machine/{call} {redact(text)}")
+
+
+# ---- 12 Install
+# Of both scripts. All of each is one function that its last line calls, in one pair of braces: a
+# pipe that breaks off anywhere runs nothing, not even half a word.
+BEGIN = r"""# shellcheck disable=SC2086,SC2317,SC2329  # words are split on purpose; traps call
+{ main() {
+set -eu +a
+umask 022
+unset KUBECONFIG K3S_URL K3S_TOKEN # of another cluster, perhaps
+export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+opt=/opt/beta9-agent etc=/etc/beta9-agent state=/var/lib/beta9-agent user=beta9-agent
+new=$opt.new wrapper=/usr/local/bin/beta9-agent units=/etc/systemd/system
+manifest=/var/lib/rancher/k3s/server/manifests/beta9-agent.yaml # k3s itself applies it
+k3s_files="$units/beta9-k3s-token.service $units/beta9-k3s-token.timer $manifest"
+account=/root/beta9-k3s-account.yaml failure=1
+say() { printf 'beta9-agent: %s\n' "$1" >&3; }
+fail() { printf 'beta9-agent: %s\n' "$1" >&4; exit $failure; }
+leave_k3s() { # takes the account in it away, which revokes its tokens
+    systemctl -q disable --now beta9-k3s-token.timer beta9-k3s-token.service 2>/dev/null || :
+    [ ! -e $manifest ] || mv $manifest $account
+    rm -rf $k3s_files /run/beta9-k3s
+    [ -e $account ] || return 0
+    ! command -v k3s >/dev/null ||
+        k3s kubectl delete --ignore-not-found --request-timeout=10s -f $account || return 1
+    rm $account
+}
+exec 3>&1 4>&2 </dev/null
+[ "$(id -u)" = 0 ] || fail 'this must run as root: pipe it into sudo sh, or ssh root@... sh'
+[ -d /run/systemd/system ] || fail 'systemd does not run here: start the agent by hand instead'
+exec 9>/run/beta9-agent.lock
+flock -n 9 || fail 'another run of this is under way: wait until it ends'
+"""
+
+FILES = {"unit": """[Unit]
 Description=beta9-agent, keeps this machine ready for its Beta9 gateway
 Wants=network-online.target nvidia-persistenced.service
 After=network-online.target nvidia-persistenced.service
@@ -3785,8 +3012,7 @@ RestartSec=30
 RestartPreventExitStatus=2
 KillMode=mixed
 TimeoutStopSec=10
-ExecStart=/opt/beta9-agent/venv/bin/python -I /opt/beta9-agent/beta9_agent.py \
---config /etc/beta9-agent/agent.yaml
+ExecStart=/opt/beta9-agent/venv/bin/python -I -m beta9_agent --config /etc/beta9-agent/agent.yaml
 User=beta9-agent
 StateDirectory=beta9-agent
 UMask=0077
@@ -3814,15 +3040,33 @@ SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
-"""
-
-WRAPPER = """#!/bin/sh
-exec /opt/beta9-agent/venv/bin/python -I /opt/beta9-agent/beta9_agent.py \\
-    --config /etc/beta9-agent/agent.yaml "$@"
-"""
-
-# What the gateway does in k3s, and no more; and what the agent looks at there besides.
-K3S_ACCOUNTS = """apiVersion: v1
+""", "wrapper": """#!/bin/sh
+# The agent with the settings of the service, and by root as its user, whose files and ssh it uses.
+if [ "$(id -u)" = 0 ]; then
+    exec setpriv --reuid=beta9-agent --regid=beta9-agent --init-groups --reset-env "$0" "$@"
+fi
+exec /opt/beta9-agent/venv/bin/python -I -m beta9_agent --config /etc/beta9-agent/agent.yaml "$@"
+""", "uninstall": r"""#!/bin/sh
+# Takes beta9-agent away: k3s tokens, service, program, settings, state, user. Run it as root; what
+# is left of a run that was cut off goes with the next. k3s, its workers, NVIDIA's packages stay.
+""" + BEGIN + r"""
+leave_k3s || {
+    failure=
+    say "k3s does not answer, so its tokens stay valid: run this again when it does"
+}
+[ ! -e $units/beta9-agent.service ] || systemctl -q disable --now beta9-agent
+rm -rf $units/beta9-agent.service* $units/beta9-k3s-token.* $manifest.* $wrapper $wrapper.* \
+    $opt $opt.old $new $etc $state /run/beta9-agent.lock /run/beta9-agent-install.log
+rmdir -p ${manifest%/*} 2>/dev/null || : # where k3s never was
+systemctl daemon-reload
+systemctl reset-failed beta9-agent.service beta9-k3s-token.service 2>/dev/null || :
+! id $user >/dev/null 2>&1 || userdel $user
+[ -n "$failure" ] || exit 1
+say 'gone; the gateway forgets this machine 5 minutes after its last keepalive'
+}
+main; exit; }
+""", "k3s-account": """# For what the gateway does in k3s, and the agent's look at the node.
+apiVersion: v1
 kind: ServiceAccount
 metadata: {name: beta9-gateway, namespace: default}
 automountServiceAccountToken: false
@@ -3840,120 +3084,64 @@ metadata: {name: beta9-gateway, namespace: default}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: beta9-gateway}
 subjects: [{kind: ServiceAccount, name: beta9-gateway, namespace: default}]
 ---
-apiVersion: v1
-kind: ServiceAccount
-metadata: {name: beta9-agent, namespace: default}
-automountServiceAccountToken: false
----
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
-metadata: {name: beta9-agent}
+metadata: {name: beta9-gateway}
 rules:
   - {apiGroups: [""], resources: [nodes], verbs: [get, list]}
-  - {apiGroups: [node.k8s.io], resources: [runtimeclasses], verbs: [get, list]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
-metadata: {name: beta9-agent}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: beta9-agent}
-subjects: [{kind: ServiceAccount, name: beta9-agent, namespace: default}]
-"""
-
-K3S_TOKEN = r"""#!/bin/sh
-# Keeps this machine's k3s tokens and k3s's CA in /run/beta9-k3s, for beta9-agent. A token is made
-# anew when there is none, when k3s refuses it, and when a third of its life is left. What fails
-# leaves what is there. Run as root, by beta9-k3s-token.timer.
-main() {
+metadata: {name: beta9-gateway}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: beta9-gateway}
+subjects: [{kind: ServiceAccount, name: beta9-gateway, namespace: default}]
+""", "k3s-token": """#!/bin/sh
+# Has k3s make the gateway's token, good for two days. Run by beta9-k3s-token.service.
 set -eu
-umask 077
-PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-dir=/run/beta9-k3s
-warn() { printf '<4>%s\n' "$1" >&2; } # a warning, by sd-daemon(3)
-trap 'rm -f "$dir"/*.new' EXIT
-place() { # name, text: the file is replaced in one step
-    { printf '%s\n' "$2" >"$dir/$1.new"; } 2>/dev/null || {
-        warn "$dir/$1 cannot be written, and stays as it is: make room in /run"
-        exit 1
-    }
-    chgrp beta9-agent "$dir/$1.new"
-    chmod 640 "$dir/$1.new"
-    mv "$dir/$1.new" "$dir/$1"
-}
-admin() { k3s kubectl --request-timeout=8s "$@" 2>/dev/null; }
-accepted() { # name: tried through a file, as others can see a command's words
-    cat >"$dir/try.new" <<END
-apiVersion: v1
-kind: Config
-current-context: x
-contexts: [{name: x, context: {cluster: x, user: x}}]
-clusters: [{name: x, cluster: {server: "$server", certificate-authority: $dir/ca.crt}}]
-users: [{name: x, user: {tokenFile: $dir/$1}}]
-END
-    admin --kubeconfig "$dir/try.new" get --raw /version >/dev/null
-}
-renew() { # file, account
-    answer='{.status.token} {.status.expirationTimestamp}'
-    minted=$(admin create token "$2" -n default --duration=2160h -o "jsonpath=$answer") || {
-        admin get --raw /readyz >/dev/null || exit 0 # it is not up: the agent says so
-        warn "k3s makes no token for $2; trying again each minute: is it in 'k3s kubectl get sa'?"
-        return 0
-    }
-    until=$(date -d "${minted#* }" +%s)
-    place "$1" "${minted% *}"
-    place "$1.renewal" "$((now + (until - now) * 2 / 3))"
-}
-
-command -v k3s >/dev/null || exit 0
-cluster=$(admin config view --minify --raw -o \
-    'jsonpath={.clusters[0].cluster.server} {.clusters[0].cluster.certificate-authority-data}') || :
-server=${cluster% *} ca=$(printf %s "${cluster##* }" | base64 -d)
-[ -n "$ca" ] || exit 0 # it was never up: the agent says so
-[ "$ca" = "$(cat "$dir/ca.crt" 2>/dev/null)" ] || place ca.crt "$ca"
-now=$(date +%s)
-for name in gateway agent; do
-    renewal=$(cat "$dir/$name-token.renewal" 2>/dev/null) || renewal=0
-    if [ "$now" -ge "$renewal" ] || ! accepted "$name-token"; then
-        renew "$name-token" "beta9-$name"
-    fi
+cd /run/beta9-k3s
+ask() { k3s kubectl --request-timeout=8s -n default "$@"; }
+ask config view --minify --raw -o 'jsonpath={.clusters[0].cluster.certificate-authority-data}' |
+    base64 -d >ca.crt.new
+ask create token beta9-gateway --duration=48h >token.new
+for name in ca.crt token; do
+    [ -s $name.new ]
+    mv $name.new $name
 done
-}
-main
-"""
-
-K3S_TOKEN_SERVICE = """[Unit]
-Description=Has k3s make the tokens that beta9-agent needs
+""", "k3s-token-service": """[Unit]
+Description=Has k3s make the gateway's token, for beta9-agent
+After=k3s.service
+StartLimitIntervalSec=0
 
 [Service]
 Type=oneshot
+ExecCondition=/bin/sh -c 'command -v k3s'
 ExecStart=/opt/beta9-agent/k3s-token
+TimeoutStartSec=60
+Restart=on-failure
+RestartSec=15
 Group=beta9-agent
+UMask=0027
 RuntimeDirectory=beta9-k3s
 RuntimeDirectoryMode=0750
 RuntimeDirectoryPreserve=yes
-TimeoutStartSec=50
-LogLevelMax=warning
 NoNewPrivileges=yes
 ProtectSystem=full
 ProtectHome=yes
 PrivateTmp=yes
-"""
 
-K3S_TOKEN_TIMER = """[Unit]
-Description=Looks every minute after the k3s tokens of beta9-agent
+[Install]
+WantedBy=k3s.service
+""", "k3s-token-timer": """[Unit]
+Description=Has k3s make a new token for beta9-agent twice a day
 
 [Timer]
-OnBootSec=5s
-# k3s looks at its manifests every 15 s, so the accounts are there by then.
-OnActiveSec=20s
-OnUnitActiveSec=1min
-AccuracySec=1s
+OnActiveSec=0
+OnUnitActiveSec=12h
 
 [Install]
 WantedBy=timers.target
-"""
-
-# Tells k3s how many cards there are. Source: NVIDIA's k8s-device-plugin.
-K3S_DEVICE_PLUGIN = """apiVersion: apps/v1
+""", "k3s-device-plugin": """# Tells k3s its cards. Source: NVIDIA's k8s-device-plugin.
+apiVersion: apps/v1
 kind: DaemonSet
 metadata: {name: nvidia-device-plugin, namespace: kube-system}
 spec:
@@ -3968,591 +3156,418 @@ spec:
           securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
           volumeMounts: [{name: plugins, mountPath: /var/lib/kubelet/device-plugins}]
       volumes: [{name: plugins, hostPath: {path: /var/lib/kubelet/device-plugins}}]
-"""
+"""}
 
-FILES = {"unit": UNIT, "wrapper": WRAPPER, "k3s-accounts": K3S_ACCOUNTS, "k3s-token": K3S_TOKEN,
-         "k3s-token-service": K3S_TOKEN_SERVICE, "k3s-token-timer": K3S_TOKEN_TIMER,
-         "k3s-device-plugin": K3S_DEVICE_PLUGIN}    # which the script has the agent itself print
-
-K3S_FOLDER = r"""
-manifests=/var/lib/rancher/k3s/server/manifests # k3s itself applies what is in there
-unset KUBECONFIG # of another cluster, perhaps
-mkdir -p /var/lib/rancher/k3s
-( umask 077; mkdir -p "$manifests" )
-"""
-
-K3S_INSTALL = r"""fetch() { # an address into a file, over TLS
-    "$base" -I -c {fetch} "$1" >"$2" || fail "$1 cannot be fetched: see the line above"
-}
-has_card() { [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null; }
-has_plugin() { # by this script, by a chart, or by NVIDIA's operator
-    [ -e "$plugin" ] ||
-        k3s kubectl get daemonsets -A -o name 2>/dev/null | grep -q nvidia-device-plugin
-}
-runtime=/usr/bin/nvidia-container-runtime nvidia=https://nvidia.github.io/libnvidia-container
-plugin=$manifests/nvidia-device-plugin.yaml
-if ! command -v k3s >/dev/null; then
+INSTALL_K3S = r"""
+fetch() { curl -fsSL --proto =https -m 120 "$1" -o "$2"; }
+has_card() { [ -e /dev/nvidiactl ] || command -v nvidia-smi; }
+if ! systemctl cat k3s.service && ! systemctl cat k3s-agent.service; then
+    runtime=/usr/bin/nvidia-container-runtime nvidia=https://nvidia.github.io/libnvidia-container
+    command -v curl || { step 'installing curl'; packages curl ca-certificates; }
     if has_card && [ ! -e $runtime ]; then # before k3s, which looks for it when it starts
-        step 'installing the NVIDIA container toolkit'
-        if command -v apt-get >/dev/null; then
+        step "installing NVIDIA's container toolkit"
+        if command -v apt-get; then
             key=/etc/apt/keyrings/nvidia-container-toolkit.asc
-            mkdir -p "${key%/*}"
+            install -d ${key%/*}
             fetch $nvidia/gpgkey $key
             echo "deb [signed-by=$key] $nvidia/stable/deb/\$(ARCH) /" \
                 >/etc/apt/sources.list.d/nvidia-container-toolkit.list
-            apt-get -qq update
-            DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install \
-                nvidia-container-toolkit >/dev/null
-        elif command -v dnf >/dev/null; then
+        else
             fetch $nvidia/stable/rpm/nvidia-container-toolkit.repo \
                 /etc/yum.repos.d/nvidia-container-toolkit.repo
-            dnf -q -y install nvidia-container-toolkit
         fi
-        [ -e $runtime ] || fail 'the NVIDIA container toolkit is missing: install it'
+        packages nvidia-container-toolkit
     fi
-    step 'installing k3s by its own installer'
-    fetch https://get.k3s.io "$opt/k3s-installer"
-    got=$(sha256sum <"$opt/k3s-installer" | cut -d ' ' -f 1) wanted={k3s_installer_sha256}
-    [ "$got" = "${wanted:-$got}" ] || fail "the installer's SHA-256 is $got, not the one asked for"
-    step "running the installer with SHA-256 $got"
-    server='server --disable traefik --disable servicelb'
-    [ -z "$hostname" ] || server="$server --tls-san $hostname"
-    [ ! -e $runtime ] || server="$server --default-runtime nvidia"
-    env -u K3S_URL -u K3S_TOKEN INSTALL_K3S_CHANNEL=stable INSTALL_K3S_VERSION={k3s_version} \
-        INSTALL_K3S_EXEC="$server" sh "$opt/k3s-installer"
-else
-    step 'k3s is here already, and stays as it is'
+    step "fetching k3s's installer"
+    fetch https://get.k3s.io $new/k3s-installer
+    step "running k3s's installer, SHA-256 $(sha256sum <$new/k3s-installer | cut -d ' ' -f 1)"
+    set -- --disable traefik --disable servicelb
+    [ -z "$hostname" ] || set -- "$@" --tls-san "$hostname"
+    [ ! -e $runtime ] || set -- "$@" --default-runtime nvidia
+    sh $new/k3s-installer "$@" # its own variables hold, such as INSTALL_K3S_VERSION
 fi
-if has_card && ! has_plugin; then
+plugin=${manifest%/*}/nvidia-device-plugin.yaml
+if has_card && [ ! -e $plugin ] &&
+        ! k3s kubectl get daemonsets -A -o name | grep -q nvidia-device-plugin; then
     step "giving k3s NVIDIA's device plugin"
-    files="$files $plugin"
-    "$python" -I "$program.new" --print-file k3s-device-plugin >"$plugin.new"
+    install -d -m 700 ${plugin%/*}
+    agent --print k3s-device-plugin >$plugin.new
+    mv $plugin.new $plugin
 fi
 """
-
-K3S_USE = r"""step 'having k3s make the tokens of the gateway and the agent'
-files="$files $manifests/beta9-agent.yaml $opt/k3s-token $unit_dir/beta9-k3s-token.service"
-files="$files $unit_dir/beta9-k3s-token.timer" units="$units beta9-k3s-token.timer"
-"$python" -I "$program.new" --print-file k3s-accounts >"$manifests/beta9-agent.yaml.new"
-# Else k3s, which keeps a checksum, would not make the accounts again after an uninstall.
-printf '# %s\n' "$(date)" >>"$manifests/beta9-agent.yaml.new"
-"$python" -I "$program.new" --print-file k3s-token >"$opt/k3s-token.new"
-chmod 755 "$opt/k3s-token.new"
-for name in service timer; do
-    "$python" -I "$program.new" --print-file "k3s-token-$name" \
-        >"$unit_dir/beta9-k3s-token.$name.new"
-done
+# Put in with --ssh: before the settings are tried, and before the service is waited for.
+INSTALL_SSH = r"""
+step "making ssh's folder, $state/.ssh"
+command -v ssh || packages openssh-client || packages openssh-clients
+install -d -o $user -g $user $state
+install -d -m 700 -o $user -g $user $state/.ssh
 """
-K3S_SETTINGS = ['k3s_wait: "yes"', 'k3s_token_file: "/run/beta9-k3s/gateway-token"',
-                'k3s_node_token_file: "/run/beta9-k3s/agent-token"',
-                'k3s_ca_file: "/run/beta9-k3s/ca.crt"']
+INSTALL_SSH_KEY = r"""
+[ -n "$(ls $state/.ssh)" ] || {
+    systemctl restart --no-block beta9-agent
+    end 3 "installed; ssh needs a key there, and to know the host:
+    sudo runuser -u $user -- ssh-keygen -t ed25519 -N '' -f $state/.ssh/id_ed25519
+    append $state/.ssh/id_ed25519.pub to authorized_keys there
+    sudo runuser -u $user -- ssh ssh://{ssh} exit"
+}
+"""
 
-# Of the script, {words} in braces are replaced. All of it is one function that the last line calls,
-# in one pair of braces: a pipe that breaks off anywhere runs nothing, not even half a word. Python
-# runs with -I, so that nothing in the caller's folder or variables is run as root.
+# Of the script, {words} in braces are replaced. Python runs with -I, so that nothing in the
+# caller's folder or variables is run as root.
 INSTALL = r"""#!/bin/sh
-# Installs {version} as a systemd service, or upgrades it.
-# Read it, then run it as root.
+# Installs {version} as a service, or upgrades it. Read it, then run it as root.
+# All is made beside what is there, tried in the service's own sandbox, then moved into place: a
+# step that fails leaves what was there, running.
 # The machine token is in here, or comes from BETA9_TOKEN_FILE (a path) or BETA9_TOKEN, or is there
-# from before; the k3s token likewise. BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here.
-# Exit codes: 0 ready, 1 a step failed (what ran before still runs), 3 installed, but not ready yet.
-# shellcheck disable=SC2086  # words are meant to be split, of $packages and $units alone
-{ main() {
-set -eu +a
-exec </dev/null
-umask 022
-unset token k3s_token value
-token=${BETA9_TOKEN:-} k3s_token=${BETA9_K3S_TOKEN:-}
-unset BETA9_TOKEN BETA9_K3S_TOKEN
-PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-opt=/opt/beta9-agent etc=/etc/beta9-agent state=/var/lib/beta9-agent user=beta9-agent
-unit_dir=/etc/systemd/system unit=$unit_dir/beta9-agent.service wrapper=/usr/local/bin/beta9-agent
-program=$opt/beta9_agent.py units=beta9-agent.service
-files="$program $etc/agent.yaml $etc/token $etc/k3s-token $unit $wrapper"
-hostname=${BETA9_HOSTNAME:-{hostname}} machine_id=${BETA9_MACHINE_ID:-{machine_id}}
+# from before. So may a k3s token, BETA9_K3S_TOKEN_FILE; without one this machine's k3s makes it.
+# BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here.
+# Exits: 0 ready, or joined and waiting for k3s; 1 nothing was changed; 3 in place, not ready yet.
+""" + BEGIN + r"""
+log=/run/beta9-agent-install.log try=/run/systemd/system/beta9-agent-try.service
+files="$etc/agent.yaml $etc/token $etc/k3s-token $units/beta9-agent.service $wrapper $k3s_files"
 doing='looking around'
+outcome='nothing of the agent was changed; mend that and run this again'
+hostname=${BETA9_HOSTNAME:-{hostname}} machine_id=${BETA9_MACHINE_ID:-{machine_id}}
+unset token k3s_token value # which the caller may export
+token={token} k3s_token={k3s_token}
+token=${BETA9_TOKEN:-$token} token_file=${BETA9_TOKEN_FILE:-}
+k3s_token=${BETA9_K3S_TOKEN:-$k3s_token} k3s_token_file=${BETA9_K3S_TOKEN_FILE:-}
+unset BETA9_TOKEN BETA9_TOKEN_FILE BETA9_K3S_TOKEN BETA9_K3S_TOKEN_FILE
 
-step() { doing=$1; printf 'beta9-agent: %s\n' "$1"; }
-fail() { printf 'beta9-agent: %s\n' "$1" >&2; exit 1; }
-# shellcheck disable=SC2317  # it runs at the end
+step() { doing=$1; say "$1"; : >$log; }
+stop() { doing=''; fail "$1; $outcome"; }
+end() { doing=''; say "$2"; exit "$1"; }
 clean() {
     code=$?
-    rm -rf "$opt/venv.new" "$opt/k3s-installer" "$etc/token.old" "$etc/k3s-token.old"
-    for file in $files; do rm -f "$file.new"; done
-    [ "$code" != 0 ] && [ -n "$doing" ] || return 0
-    printf 'beta9-agent: failed while %s; the lines above say why. Mend that and run this again\n' \
-        "$doing" >&2
-    exit 1 # whatever the child's code was
+    rm -rf $new $try
+    for file in $files; do rm -f $file.new; done
+    [ -z "$doing" ] || stop "failed while $doing: $(tail -n 1 $log) (more in $log)"
+    [ $code = 1 ] || rm -f $log
 }
 trap clean EXIT
-catch_signals() { trap 'fail "stopped by a signal"' HUP INT PIPE TERM; }
-catch_signals
-back() { # to what was there before, after the agent refused what is new
-    for name in $units; do
-        [ -e "$unit_dir/$name.old" ] || systemctl -q disable --now "$name"
+trap 'stop "stopped by a signal"' HUP INT PIPE TERM
+exec >>$log 2>&1
+agent() { $new/venv/bin/python -I $new/beta9_agent.py "$@"; }
+patiently() { # for five minutes, while another program holds apt's or dpkg's lock
+    tries=60
+    until "$@"; do
+        tries=$((tries - 1))
+        [ $tries != 0 ] && tail -n 3 $log | grep -q 'get lock' || return 1
+        sleep 5
     done
-    for file in $files; do
-        rm -f "$file"
-        [ ! -e "$file.old" ] || mv "$file.old" "$file"
-    done
-    [ ! -e "$opt/venv.old" ] || { rm -rf "$opt/venv"; mv "$opt/venv.old" "$opt/venv"; }
-    systemctl daemon-reload
-    [ ! -e "$unit" ] || systemctl restart --no-block beta9-agent
+}
+packages() {
+    if command -v apt-get; then
+        export DEBIAN_FRONTEND=noninteractive
+        patiently apt-get -qq update || :
+        patiently apt-get -qq -y install "$@"
+    else
+        dnf -q -y install "$@"
+    fi
 }
 find_python() {
     for base in /usr/bin/python3 /usr/bin/python3.1[0-9] /usr/local/bin/python3; do
-        "$base" -I -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' \
-            2>/dev/null && return
+        $base -I -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' && return
     done
     return 1
 }
-read_token() { # the first line of a file, into $value
-    [ -r "$1" ] || fail "the token file $1 cannot be read: check its path"
-    IFS= read -r value <"$1" || : # without a line end
-    [ -n "$value" ] || fail "the token file $1 is empty: write the token into it"
-}
-write_token() { # name, token
-    [ -n "$2" ] || return 0
-    ( umask 077; printf '%s\n' "$2" >"$etc/$1.new" )
-    chown "root:$user" "$etc/$1.new"
-    chmod 640 "$etc/$1.new"
-}
-
-[ "$(id -u)" = 0 ] || fail 'this must run as root: pipe it into sudo sh, or ssh root@... sh'
-[ -d /run/systemd/system ] || fail 'systemd does not run here: start the agent by hand instead'
-[ -z "${BETA9_TOKEN_FILE:-}" ] || { read_token "$BETA9_TOKEN_FILE"; token=$value; }
-[ -z "${BETA9_K3S_TOKEN_FILE:-}" ] || { read_token "$BETA9_K3S_TOKEN_FILE"; k3s_token=$value; }
-unset BETA9_TOKEN_FILE BETA9_K3S_TOKEN_FILE BETA9_HOSTNAME BETA9_MACHINE_ID
-[ -n "$token" ] || token={token}
-[ -n "$k3s_token" ] || k3s_token={k3s_token}
-[ "$token" != '{hidden}' ] || token=
-[ "$k3s_token" != '{hidden}' ] || k3s_token=
-[ -n "$token" ] || [ -s "$etc/token" ] ||
-    fail 'the machine token is missing: run this by sudo BETA9_TOKEN_FILE=token sh'
-case $hostname$machine_id in *[!A-Za-z0-9._:-]*)
-    fail 'BETA9_HOSTNAME is not a host or IP, or BETA9_MACHINE_ID not 8 hex characters: mend it' ;;
-esac
-
-if ! find_python; then
-    step 'installing Python'
-    if command -v apt-get >/dev/null; then
-        apt-get -qq update || : # another one may hold its lock, at a first boot
-        DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install \
-            python3-venv ca-certificates >/dev/null
-    elif command -v dnf >/dev/null; then
-        dnf -q -y install python3.11
+write_token() { # name, token, file with it
+    value=$2
+    if [ -n "$3" ]; then
+        value=
+        IFS= read -r value <"$3" || : # without a line end
+        [ -n "$value" ] || stop "no token can be read from $3: check that file"
     fi
-    find_python || fail 'Python 3.10 or newer with its venv module is missing: install it'
-fi
+    [ -z "$value" ] || install -m 640 -g $user /dev/stdin $etc/$1.new <<END
+$value
+END
+}
 
-step "making user $user and its folders"
-id "$user" >/dev/null 2>&1 || useradd --system --user-group --home-dir "$state" \
-    --shell /usr/sbin/nologin "$user"
-mkdir -p "$opt" "$etc" "${wrapper%/*}"
-chown root:root "$opt" "$etc"
-chmod 755 "$opt" "$etc"
-{tunnel}
+find_python || {
+    step 'installing Python'
+    packages python3-venv || packages python3.11 || :
+    find_python || stop 'Python 3.10 or newer with its venv module is missing: install it'
+}
 step 'unpacking the agent'
+id $user || useradd --system --user-group --home-dir $state --shell /usr/sbin/nologin $user
+[ -e $opt ] || [ ! -e $opt.old ] || mv $opt.old $opt # of a run that was cut off
+rm -rf $new
+mkdir -p $new $etc
+$base -I -c 'import base64, bz2, sys
+packed = "".join(sys.stdin.read().split())
+sys.stdout.buffer.write(bz2.decompress(base64.b85decode(packed)))' \
+    >$new/beta9_agent.py <<'BETA9_END'
 {payload}
-[ "$(sha256sum <"$program.new" | cut -d ' ' -f 1)" = {sha256} ] ||
-    fail 'the file is not the one whose SHA-256 is in this script: print the script anew'
+BETA9_END
+echo "{sha256}  $new/beta9_agent.py" | sha256sum -c --quiet
 
-python=$opt/venv/bin/python
-packages='{packages}'
-if [ "$(cat "$opt/venv/packages" 2>/dev/null)" != "$base $packages" ] ||
-        ! "$python" -I -c 'import psutil, pynvml, requests, yaml' 2>/dev/null; then
-    step 'installing its Python packages'
-    python=$opt/venv.new/bin/python
-    rm -rf "$opt/venv.new"
-    "$base" -I -m venv "$opt/venv.new"
-    "$python" -I -m pip install -q --no-cache-dir --disable-pip-version-check --retries 10 $packages
-    printf '%s\n' "$base $packages" >"$opt/venv.new/packages"
+requirements='{packages}'
+if [ "$(cat $opt/venv/requirements)" = "$requirements" ] &&
+        $opt/venv/bin/python -I -c 'import psutil, pynvml, requests, yaml'; then
+    cp -a $opt/venv $new/venv
+else
+    step 'installing its Python packages by pip'
+    $base -I -m venv $new/venv
+    $new/venv/bin/python -I -m pip install -q --no-cache-dir --disable-pip-version-check \
+        $requirements
+    echo "$requirements" >$new/venv/requirements
+    echo $opt >"$(echo $new/venv/lib/python3*/site-packages)/beta9.pth"
 fi
-chown -R root:root "$opt"
-chmod -R go-w,a+rX "$opt"
-case $("$python" -I "$program.new" --version) in
-*'({hash})') ;;
-*) fail 'the agent does not start: see the line above' ;;
-esac
-
-step 'writing settings and tokens'
-cat >"$etc/agent.yaml.new" <<'BETA9_END'
+# Compiled here once: at each start it would take memory and time.
+$new/venv/bin/python -I -m compileall -q -s $new -p $opt --invalidation-mode checked-hash \
+    $new/beta9_agent.py
+agent --print k3s-token >$new/k3s-token
+chmod 755 $new/k3s-token
+{ssh_folder}
+step "trying the settings in the service's sandbox"
+write_token token "$token" "$token_file"
+write_token k3s-token "$k3s_token" "$k3s_token_file"
+[ -s $etc/token ] || [ -e $etc/token.new ] ||
+    stop 'the machine token is missing: run this by sudo BETA9_TOKEN_FILE=token sh'
+cat >$etc/agent.yaml.new <<'BETA9_END'
 {settings}
 BETA9_END
-[ -z "$hostname" ] || printf 'hostname: "%s"\n' "$hostname" >>"$etc/agent.yaml.new"
-[ -z "$machine_id" ] || printf 'machine_id: "%s"\n' "$machine_id" >>"$etc/agent.yaml.new"
-write_token token "$token"
-write_token k3s-token "$k3s_token"
-[ ! -e "$etc/k3s-token" ] && [ ! -e "$etc/k3s-token.new" ] ||
-    grep -q '^k3s_token_file:' "$etc/agent.yaml.new" ||
-    printf 'k3s_token_file: "%s"\n' "$etc/k3s-token" >>"$etc/agent.yaml.new"
-set -- --dry-run --config "$etc/agent.yaml.new"
-[ ! -e "$etc/token.new" ] || set -- "$@" --token-file "$etc/token.new"
-[ ! -e "$etc/k3s-token.new" ] || set -- "$@" --k3s-token-file "$etc/k3s-token.new"
-runuser -u "$user" -- env -i "$python" -I "$program.new" "$@" >/dev/null ||
-    fail 'the agent refuses these settings: see the line above, then print the script anew'
-"$python" -I "$program.new" --print-file unit >"$unit.new"
-"$python" -I "$program.new" --print-file wrapper >"$wrapper.new"
-chmod 755 "$wrapper.new"
-{k3s}
-step 'putting it in place and starting it'
-rm -rf "$opt/venv.old"
-for file in $files; do
-    rm -f "$file.old"
-    [ ! -e "$file" ] || ln "$file" "$file.old"
-done
-trap '' HUP INT PIPE TERM # all or nothing
-if [ -e "$opt/venv.new" ]; then
-    [ ! -e "$opt/venv" ] || mv "$opt/venv" "$opt/venv.old"
-    mv "$opt/venv.new" "$opt/venv"
+[ -z "$hostname" ] || echo "hostname: \"$hostname\"" >>$etc/agent.yaml.new
+[ -z "$machine_id" ] || echo "machine_id: \"$machine_id\"" >>$etc/agent.yaml.new
+k3s=/run/beta9-k3s # where its token is put
+if [ -e $etc/k3s-token.new ]; then
+    k3s=''
+elif [ -s $etc/k3s-token ] && grep -q $etc/k3s-token $etc/agent.yaml; then
+    k3s=''
+    say "the k3s token of before stays: remove $etc/k3s-token, if k3s shall make one"
 fi
-for file in $files; do
-    [ ! -e "$file.new" ] || mv "$file.new" "$file"
+if [ -z "$k3s" ]; then
+    echo "k3s_token_file: $etc/k3s-token"
+else
+    printf '%s\n' "k3s_token_file: $k3s/token" "k3s_ca_file: $k3s/ca.crt"
+fi >>$etc/agent.yaml.new
+set -- --dry-run --config $etc/agent.yaml.new
+for name in token k3s-token; do
+    [ ! -e $etc/$name.new ] || set -- "$@" --$name-file $etc/$name.new
 done
-catch_signals
+agent --print unit >$units/beta9-agent.service.new
+# The unit itself, but that it tries the new files once, also while the machine boots.
+sed "/^After/d; /^Wants/d; /^Restart/d; /^WatchdogSec/d
+    s,^TimeoutStartSec=.*,TimeoutStartSec=60,
+    s,^Type=.*,Type=oneshot\nStandardOutput=null\nStandardError=append:$log,
+    s,^ExecStart=.*,ExecStart=$new/venv/bin/python -I $new/beta9_agent.py $*," \
+    $units/beta9-agent.service.new >$try
 systemctl daemon-reload
-systemctl -q enable $units
-systemctl restart --no-block $units
-{authorize}
-case $0 in /var/lib/cloud/*) step 'started: beta9-agent --status tells more'; exit 0 ;; esac
-
-step 'waiting until it is ready, for about a minute'
-tries=0
-while [ "$tries" -lt 60 ]; do
+: >$log
+systemctl start beta9-agent-try 2>/dev/null || {
+    cat $log >&4
+    stop 'the agent refuses these settings, as said above'
+}
+{install_k3s}
+step 'putting it in place'
+agent --print wrapper >$wrapper.new
+chmod 755 $wrapper.new
+if [ -n "$k3s" ]; then
+    install -d -m 700 ${manifest%/*}
+    # With the date, as k3s would not apply again what it applied before an uninstall.
+    { agent --print k3s-account; date '+# %c'; } >$manifest.new
+    for name in service timer; do
+        agent --print k3s-token-$name >$units/beta9-k3s-token.$name.new
+    done
+fi
+old=$(grep -s 'ServiceAccount, name: beta9-agent,' $manifest) || : # version 0.2 had two
+trap '' HUP INT PIPE TERM # from here on it is all or nothing
+failure=3 outcome='it is in place, if only in part: run this again'
+for file in $files; do
+    [ ! -e $file.new ] || mv $file.new $file
+    rm -f $file.old # of version 0.2
+done
+rm -rf $opt.old
+[ ! -e $opt ] || mv $opt $opt.old
+mv $new $opt
+rm -rf $opt.old
+trap 'stop "stopped by a signal"' HUP INT PIPE TERM
+systemctl daemon-reload
+systemctl -q enable beta9-agent
+if [ -z "$k3s" ]; then
+    leave_k3s || say "k3s does not answer, so tokens that it made stay valid: $account names them"
+else
+    step 'having k3s make its token'
+    rm -f $etc/k3s-token $k3s/*-token* # of before
+    systemctl -q enable beta9-k3s-token.service beta9-k3s-token.timer
+    systemctl restart beta9-k3s-token.timer
+    ! command -v k3s || timeout 20 systemctl start beta9-k3s-token || : # it goes on trying
+    [ -z "$old" ] || k3s kubectl delete --ignore-not-found --request-timeout=10s \
+        sa/beta9-agent clusterrole/beta9-agent clusterrolebinding/beta9-agent ||
+        say "k3s does not answer: version 0.2's account beta9-agent stays in it"
+fi
+case $0 in /var/lib/cloud/*) # for which the rest of the boot would wait
+    systemctl restart --no-block beta9-agent
+    end 0 'installed; it starts with the end of the boot' ;;
+esac
+{ssh_key}
+step 'waiting until it is ready, for a minute'
+joined='' tries=60 code=0
+[ -n "$k3s" ] || tries=15 # time for two looks at k3s
+[ -z "$k3s" ] || command -v k3s || tries=1 # no wait brings it
+! timeout 60 systemctl restart beta9-agent || joined=yes
+: >$log
+while [ -n "$joined" ] && [ $tries != 0 ] && ! $wrapper --status &&
+        ! grep -q 'no work will come' $log; do
     sleep 1
-    tries=$((tries + 1))
-    code=0
-    shown=$("$wrapper" --status) || code=$?
-    active=$(systemctl is-active beta9-agent) || : # activating, until the new one is ready
-    [ "$code $active" != '0 active' ] || break
-    if [ "$active" = failed ]; then # by its exit code 2 alone: after others it is started again
-        journalctl -q -n 5 -o cat -u beta9-agent >&2
-        back
-        fail 'the agent refuses these settings, so what was before is back: see the lines above'
-    fi
+    tries=$((tries - 1))
 done
-printf '%s\n' "$shown"
-[ "$code $active" = '0 active' ] || {
-    [ "$code" != 3 ] || journalctl -q -n 5 -o cat -u beta9-agent
-    step 'installed but not ready, see above; it goes on trying'
-    doing=
-    exit 3
-}
-}
-main; exit; }
-"""
-
-# Put into it with --ssh: before the agent is unpacked, and after it is started.
-INSTALL_TUNNEL = r"""
-step 'looking after ssh and its key'
-ssh=$state/.ssh known_hosts={known_hosts} new_key=
-install -d -m 755 -o "$user" -g "$user" "$state"
-runuser -u "$user" -- mkdir -p -m 700 "$ssh"
-[ -n "$known_hosts" ] || [ -s "$ssh/known_hosts" ] || fail {unknown_host}
-command -v ssh-keygen >/dev/null ||
-    dnf -q -y install openssh-clients 2>/dev/null || {
-    apt-get -qq -o DPkg::Lock::Timeout=300 update
-    apt-get -qq -y -o DPkg::Lock::Timeout=300 install openssh-client >/dev/null
-}
-[ -e "$ssh/id_ed25519" ] || new_key=1
-# shellcheck disable=SC2016  # for that shell
-runuser -u "$user" -- sh -euc 'umask 077; cd "$1"; chmod 700 .
-    [ -e id_ed25519 ] || ssh-keygen -q -t ed25519 -N "" -C beta9-agent -f id_ed25519
-    [ -z "$2" ] || grep -qxF "$2" known_hosts 2>/dev/null || printf "%s\n" "$2" >>known_hosts
-    ' sh "$ssh" "$known_hosts"
-"""
-INSTALL_AUTHORIZE = r"""if [ -n "$new_key" ]; then
-    step {append_there}
-    printf '%s %s\n' {rights} "$(cat "$ssh/id_ed25519.pub")"
-    doing=
-    case $0 in /var/lib/cloud/*) exit 0 ;; esac
-    exit 3
-fi
-"""
-
-UNINSTALL = r"""#!/bin/sh
-# Takes beta9-agent away: service, program, settings, tokens, state, user. Run it as root.
-# k3s and the workers in it stay.
-{ main() {
-set -eu
-exec </dev/null
-PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-unset KUBECONFIG # of another cluster, perhaps
-fail() { printf 'beta9-agent: %s\n' "$1" >&2; exit 1; }
-[ "$(id -u)" = 0 ] || fail 'this must run as root: pipe it into sudo sh'
-unit=/etc/systemd/system/beta9-agent.service timer=beta9-k3s-token.timer code=0
-manifest=/var/lib/rancher/k3s/server/manifests/beta9-agent.yaml
-[ ! -e "$unit" ] || systemctl -q disable --now beta9-agent ||
-    fail 'the service does not stop, so all is left as it is: see the line above'
-if [ -e "$manifest" ]; then
-    rm -f "$manifest" "$manifest.old" # first: k3s would bring back what is in it
-    set -- serviceaccount/beta9-gateway serviceaccount/beta9-agent role/beta9-gateway \
-        rolebinding/beta9-gateway clusterrole/beta9-agent clusterrolebinding/beta9-agent
-    ! command -v k3s >/dev/null || # it never came, so there is nothing of ours in it
-        k3s kubectl delete -n default --ignore-not-found --request-timeout=10s "$@" || {
-        code=1
-        printf 'beta9-agent: %s\n' 'k3s does not answer, so its tokens stay valid; revoke them by' \
-            "k3s kubectl delete -n default --ignore-not-found $*" >&2
-    }
-fi
-[ ! -e "${unit%/*}/$timer" ] || systemctl -q disable --now "$timer"
-rm -rf "${unit%/*}"/beta9-k3s-token.* /run/beta9-k3s
-rm -rf "$unit" "$unit.old" "$unit.d" /usr/local/bin/beta9-agent /usr/local/bin/beta9-agent.old \
-    /opt/beta9-agent /etc/beta9-agent /var/lib/beta9-agent
-systemctl daemon-reload
-! id beta9-agent >/dev/null 2>&1 || userdel beta9-agent
-echo 'beta9-agent: gone; the gateway forgets this machine 5 minutes after its last keepalive'
-return "$code"
+: >$log
+$wrapper --status || code=$?
+cat $log >&3
+[ "$code" != 3 ] || journalctl -q -n 5 -o cat -u beta9-agent >&3
+[ "$code" != 0 ] || end 0 'installed, and work can run here'
+{ [ -n "$joined" ] && grep -q 'takes no work' $log; } ||
+    end 3 'installed but not ready, see above; it goes on trying'
+say 'installed and joined; it takes work by itself as soon as k3s can run it here'
+doing=''
 }
 main; exit; }
 """
-
 PACKAGES = ("requests", "urllib3", "certifi", "idna", "charset-normalizer", "psutil",
             "nvidia-ml-py", "pyyaml")
 
 
-def pin_packages() -> str:
-    """The packages in the versions that this interpreter runs with: what was tried is installed."""
+def format_packages() -> str:
+    """The packages in the versions that run here: what was tried is what gets installed."""
     import importlib.metadata
-    pinned = []
-    for name in PACKAGES:
-        try:
-            pinned.append(f"{name}=={importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            LOG.warning("%s is not installed here, so its version is left open: %s", name,
-                        how_to_install(name))
-            pinned.append(name)
-    return " ".join(pinned)
+    found = {each.metadata["Name"].lower().replace("_", "-"): each.version
+             for each in importlib.metadata.distributions()}
+    return " ".join(f"{name}=={found[name]}" if name in found else name for name in PACKAGES)
 
 
-def fill_in(text: str, words: Mapping[str, str]) -> str:
-    """The text with the {words} in it replaced; other braces stay."""
-    return re.sub(r"\{([a-z0-9_]+)\}", lambda found: words.get(found[1], found[0]), text)
-
-
-def format_settings(settings: Mapping[str, Setting]) -> str:
+def format_settings(config: Config) -> str:
     """The settings that were given, as YAML in ASCII, without secrets and what the script adds."""
-    left_out = ("hostname", "machine_id", "state_dir", "token", "token_file", "k3s_token",
-                "k3s_token_file", "ssh_identity")
     lines = ['state_dir: "/var/lib/beta9-agent"', 'token_file: "/etc/beta9-agent/token"']
-    lines += K3S_SETTINGS if "k3s" in settings else []
-    for option in OPTIONS:
-        setting = settings.get(option.name)
-        given = setting is not None and setting.rank > 0
-        if setting is not None and given and option.file_key and option.name not in left_out:
-            is_path = option.name == "ca_file" or option.name in K3S_FILES
-            text = os.path.abspath(setting.text) if is_path else setting.text
-            value = text.split("\n") if option.many else text
-            lines.append(f"{option.file_key}: {json.dumps(value, ensure_ascii=False)}")
+    left_out = ("hostname", "machine_id", "state_dir", "config", *SECRETS, "token_file",
+                "k3s_token_file")
+    for option in sorted(SETTINGS, key=lambda each: each.group == "gateway"):
+        value = getattr(config, option.name)
+        if option.name not in config.sources or option.name in left_out:
+            continue
+        if option.name == "k3s_ca_file" and value == "/run/beta9-k3s/ca.crt":   # the script's own
+            continue
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif option.name == "max_cpu":
+            value = value / 1000
+        elif option.name == "max_memory":
+            value = f"{value}Mi"
+        elif option.metavar == "FILE":
+            value = os.path.abspath(value)
+        if option.group == "gateway" and "gateway:" not in lines:
+            lines.append("gateway:")
+        key = option.key.replace("gateway.", "  ")
+        lines.append(f"{key}: {json.dumps(str(value), ensure_ascii=False)}")
     # Python's escapes are YAML's; JSON's are not, beyond 16 bits.
     return "\n".join(lines).encode("ascii", "backslashreplace").decode()
 
 
-# A program for Python that fetches its argument.
-FETCH = ("import sys, urllib.request as u; sys.tracebacklimit = 0;"
-         " sys.stdout.buffer.write(u.urlopen(sys.argv[1], timeout=60).read(1 << 20))")
-
-
-def format_k3s_steps(config: Config) -> str:
-    """The commands that bring k3s and its tokens; "" without --k3s. Raises AgentError."""
-    import shlex
-    if config.k3s != "install" and (config.k3s_version or config.k3s_installer_sha256):
-        raise AgentError("--k3s-version and --k3s-installer-sha256 go with --k3s install: add that")
-    if not config.k3s:
-        return ""
-    if config.k3s_token or config.k3s_ca_file or config.k3s_node_token:
-        raise AgentError("--k3s has k3s make its tokens and tell its root certificate: leave out"
-                         " --k3s-token, --k3s-ca-file and --k3s-node-token-file")
-    words = {"fetch": shlex.quote(FETCH), "k3s_version": config.k3s_version or "''",
-             "k3s_installer_sha256": config.k3s_installer_sha256 or "''"}
-    steps = fill_in(K3S_INSTALL, words) if config.k3s == "install" else ""
-    return f"{K3S_FOLDER}{steps}{K3S_USE}"
-
-
-def format_payload(program: bytes, url: str) -> str:
-    """The commands that bring the agent: from within the script, or from an address."""
-    import base64
-    import bz2
-    import shlex
-    if url:
-        return f'"$base" -I -c {shlex.quote(FETCH)} {shlex.quote(url)} >"$program.new"'
-    # bzip2 and base85, by Python's own modules: gzip and base64 would take user-data over its
-    # common limit of 64 KiB.
-    code = ("import base64, bz2, sys; text = ''.join(sys.stdin.read().split());"
-            " sys.stdout.buffer.write(bz2.decompress(base64.b85decode(text)))")
-    packed = base64.b85encode(bz2.compress(program)).decode()
-    lines = [packed[at:at + 200] for at in range(0, len(packed), 200)]
-    return "\n".join([f'"$base" -I -c {shlex.quote(code)} >"$program.new" <<\'BETA9_END\'', *lines,
-                      "BETA9_END"])
-
-
-def find_known_hosts(config: Config) -> str:
-    """What this user's known_hosts says of the host of --ssh; "" for nothing."""
-    _, host, port = split_place(config.ssh)
-    name = host if port in ("", "22") else f"[{host}]:{port}"
-    said = ""
-    with contextlib.suppress(OSError):
-        child = start_child(["ssh-keygen", "-F", name])
-        said = child.communicate(timeout=HOST_DEADLINE)[0].decode(errors="replace")
-    known = re.findall(r"^(?!#)\S+ (?:ssh|ecdsa|sk)-\S+ .*$", said, re.MULTILINE)
-    if not known:
-        LOG.warning("%s is not in known_hosts here, so it must be in that of the machine: use"
-                    " `ssh %s` once, compare fingerprints, then print this again", name,
-                    f"-p {port or 22} {host}")
-    return "\n".join(known)
-
-
-def format_tunnel(config: Config) -> dict[str, str]:
-    """The two pieces of the script for --ssh, both "" without."""
-    import shlex
-    if not config.ssh:
-        return {"tunnel": "", "authorize": ""}
-    if config.ssh_identity:
-        LOG.warning("--ssh-identity is not in this script: each machine gets a key of its own")
-    user, host, _ = split_place(config.ssh)
-    remedy = explain_ssh("Host key verification failed", config)[1]
-    words = {
-        "known_hosts": find_known_hosts(config),
-        "unknown_host": remedy.replace("~", "/var/lib/beta9-agent").replace("`", '"'),
-        "append_there": f"installed; append this line to authorized_keys of"
-                        f" {user or 'beta9-agent'} on {host}, and it will be ready:",
-        # Without a permitlisten any port there could be listened on; nobody wants port 1.
-        "rights": f'restrict,port-forwarding,permitopen="{config.ssh_gateway}",permitlisten='
-                  f'"{config.ssh_reverse or "localhost:1"}",command="/bin/false"'}
-    quoted = {name: shlex.quote(text) for name, text in words.items()}
-    return {"tunnel": fill_in(INSTALL_TUNNEL, quoted),
-            "authorize": fill_in(INSTALL_AUTHORIZE, quoted)}
-
-
 def warn_of_script(config: Config) -> None:
-    """Warns of what the script holds, and of what it does not."""
+    """Says what the script holds, and what it does not."""
     if config.machine_id:
         LOG.warning("--machine-id is in this script: run it on one machine only, or set"
                     " BETA9_MACHINE_ID there")
-    if config.state_dir:
+    if config.state_dir not in (None, "/var/lib/beta9-agent"):
         LOG.warning("--state-dir is left out: the service's is /var/lib/beta9-agent")
-    if config.ca_file:
+    for path in filter(None, (config.ca_file, config.k3s_token and config.k3s_ca_file)):
         LOG.warning("%s must be on the machine too, where its service can read it: not under /home,"
-                    " /root or /tmp", os.path.abspath(config.ca_file))
-    if not (config.k3s or config.k3s_token):
-        LOG.warning("no work will come without a k3s token: give --k3s use or --k3s install, or"
-                    " --k3s-token-file, unless the machine has one from before")
+                    " /root or /tmp", os.path.abspath(path))
+    if config.install_k3s:
+        LOG.warning("the script fetches and runs as root what https://get.k3s.io has, and where a"
+                    " card is NVIDIA's packages from https://nvidia.github.io")
     if config.token or config.k3s_token:
-        LOG.warning("on a terminal tokens are not shown: print this into a file or a pipe"
-                    if sys.stdout.isatty() else
-                    "what is printed holds the tokens: keep it as secret as they are")
+        LOG.warning("what is printed holds the tokens: keep it as secret as they are")
 
 
-def print_install(config: Config, settings: Mapping[str, Setting]) -> None:
+def print_install(config: Config) -> None:
     """Prints the script that installs this very file with these settings. Needs no network.
 
-    Raises AgentError where there is no file.
+    Raises AgentError where there is no file, or a terminal would show tokens.
     """
+    import bz2
     import shlex
-    hidden = "…"
     try:
         with open(__file__, "rb") as file:
             program = file.read()
     except OSError:
         raise AgentError("this program is in no file that the script could carry: save it as one,"
                          " then run that") from None
-    digest = hashlib.sha256(program).hexdigest()
-
-    def quoted(secret: Secret | None) -> str:
-        if secret is None:
-            return "''"
-        return shlex.quote(hidden if sys.stdout.isatty() else secret.reveal())
-
-    words = {"version": format_version(), "hostname": config.hostname or "",
-             "machine_id": config.machine_id or "", "token": quoted(config.token),
-             "k3s_token": quoted(config.k3s_token), "hidden": hidden, "sha256": digest,
-             "hash": digest[:12], "packages": pin_packages(), "settings": format_settings(settings),
-             "payload": format_payload(program, config.fetch_from or ""),
-             "k3s": format_k3s_steps(config), **format_tunnel(config)}
+    if (config.token or config.k3s_token) and sys.stdout.isatty():
+        raise AgentError("the script holds the tokens, which a terminal would show: print it into a"
+                         " file or a pipe")
+    if config.install_k3s and config.k3s_token:
+        raise AgentError("--install-k3s has k3s make its token: leave out the one that is given")
     warn_of_script(config)
-    script = fill_in(INSTALL, words)
-    if len(script.encode()) >= USER_DATA_LIMIT:
-        LOG.info("for user-data, which may have %d bytes, print this through `gzip`, which"
-                 " cloud-init undoes, or give --fetch-from", USER_DATA_LIMIT)
-    print(script, end="")
+    packed = base64.b85encode(bz2.compress(program, 9)).decode()
+    words = {"version": format_version(), "hostname": config.hostname or "",
+             "machine_id": config.machine_id or "", "packages": format_packages(),
+             "sha256": hashlib.sha256(program).hexdigest(), "settings": format_settings(config),
+             "payload": "\n".join(re.findall(".{1,500}", packed)),
+             "install_k3s": INSTALL_K3S if config.install_k3s else "",
+             "ssh_folder": INSTALL_SSH if config.ssh else "",
+             "ssh_key": INSTALL_SSH_KEY.replace("{ssh}", config.ssh) if config.ssh else ""}
+    for name in SECRETS:
+        token = getattr(config, name)
+        words[name] = shlex.quote(token.reveal()) if token else "''"
+    print(re.sub(r"\{([a-z0-9_]+)\}", lambda found: words.get(found[1], found[0]), INSTALL), end="")
 
 
-# ---- 14 Entry
+# ---- 13 Entry
 def run_agent(config: Config) -> int:
     """Keeps this machine; the exit code."""
-    notify_systemd("WATCHDOG=1")    # from now on systemd ends a driver's library that hangs
-    alarm = Alarm()
-    stop = StopFlag(alarm)
-    alarm.install()
-    stop.install()
-    tunnel = None
-    if config.dev:
-        port = start_stand_in(StandIn(config.token.reveal(), config.pool_name))
-        config.gateway_host, config.gateway_port, config.tls = "127.0.0.1", port, False
-        state = State(config.machine_id or os.urandom(4).hex())
-    else:
-        state = open_state(config)
-    if config.ssh:
-        tunnel = Tunnel(config, state)
-        config.gateway_socket = tunnel.path
-    return Agent(config, state, GatewayClient(config, alarm), tunnel).run(stop)
+    STOP.install()
+    if not config.dev:
+        return keep(config, open_state(config))
+    config.gateway_host, config.gateway_port, config.tls = "127.0.0.1", start_stand_in(), False
+    return keep(config, State(config.machine_id or os.urandom(4).hex()))
 
 
-# One of them, or none to keep the machine; and what goes with which.
-ACTIONS = ("dry_run", "check", "status", "print_install", "print_file", "print_uninstall",
-           "version", "help")
-MODIFIERS = {"json": ("check", "status"), "watch": ("status",), "fetch_from": ("print_install",),
-             "k3s": ("print_install",), "k3s_version": ("print_install",),
-             "k3s_installer_sha256": ("print_install",)}
+# What goes with which action alone.
+COMPANIONS = {"--json": ("--check", "--status"), "--prometheus": ("--status",),
+              "--install-k3s": ("--print-install",)}
 
 
-def choose_action(settings: Mapping[str, Setting]) -> str:
-    """The action that is asked for, "" to keep the machine. Raises AgentError."""
-    given = [f"--{name.replace('_', '-')}" for name in ACTIONS if name in settings]
-    if given and ("once" in settings or "dev" in settings):
-        given.append("--once" if "once" in settings else "--dev")
-    if len(given) > 1:
-        raise AgentError(f"{' and '.join(given)} are different actions: give one of them")
-    action = given[0][2:].replace("-", "_") if given else ""
-    for name, actions in MODIFIERS.items():
-        if name in settings and action not in actions:
-            flags = " or ".join(f"--{each.replace('_', '-')}" for each in actions)
-            raise AgentError(f"--{name.replace('_', '-')} goes with {flags}: add that")
-    return action
+def choose_action(config: Config) -> str:
+    """The flag of what is asked for, "" to keep the machine. Raises AgentError."""
+    given = [option.flag for option in OPTIONS if option.group == WHAT
+             and getattr(config, option.name)]
+    for flag, allowed in COMPANIONS.items():
+        if flag in given and not set(allowed) & set(given):
+            raise AgentError(f"{flag} goes with {' or '.join(allowed)}: add that")
+    actions = [flag for flag in given if flag not in COMPANIONS]
+    if len(actions) > 1 and actions != ["--dev", "--once"]:
+        raise AgentError(f"{' and '.join(actions)} are different actions: give one of them")
+    return actions[0] if actions else ""
 
 
 def run_action(argv: list[str], redactor: Redactor) -> int:
-    """Does what the settings ask for; the exit code."""
-    settings = read_settings(argv, os.environ)
-    action = "help" if "help" in settings else choose_action(settings)
-    if action in ("help", "version"):
-        print(build_command_line().format_help() if action == "help" else format_version())
-        return 0
-    if action == "print_uninstall":
-        print(UNINSTALL, end="")
-        return 0
-    if action == "print_file":
-        name = settings[action].text
-        if name not in FILES:
-            raise AgentError(f"--print-file: the script needs no file '{printable(name, 60)}': give"
-                             f" one of {', '.join(FILES)}")
-        print(FILES[name], end="")
-        return 0
-    config = build_config(settings, redactor)
-    if action == "check":
-        return show_check(config, bool(config.json))
-    for problem in config.problems:
-        LOG.error("%s", problem)
-    if config.problems:
-        return 2
+    """Does what is asked for; the exit code."""
+    config = read_config(argv, os.environ, redactor)
+    action = choose_action(config)
     if config.debug:
         LOG.setLevel(logging.DEBUG)
-    if action == "status":
-        return show_status(config, bool(config.json), bool(config.watch))
-    if action == "dry_run":
+    if action == "--help":
+        print(build_command_line().format_help())
+    elif action == "--version":
+        print(format_version())
+    elif action == "--print":
+        if config.print not in FILES:
+            raise AgentError(f"--print: there is no '{printable(config.print, 60)}' to print: give"
+                             f" one of {', '.join(FILES)}")
+        print(FILES[config.print], end="")
+    elif action == "--status":
+        return show_status(config)
+    elif action == "--check":
+        return show_check(config)
+    elif config.problems:
+        for problem in config.problems:
+            LOG.error("%s", problem)
+        return 2
+    elif action == "--dry-run":
         show_dry_run(config)
-    elif action == "print_install":
-        print_install(config, settings)
+    elif action == "--print-install":
+        print_install(config)
     else:
         return run_agent(config)
     return 0
@@ -4565,29 +3580,29 @@ def main(argv: list[str]) -> int:
     while os.open(os.devnull, os.O_RDWR) < 3:   # a closed one would be the next file that is opened
         pass
     os.environ.pop("SSLKEYLOGFILE", None)       # ssl would write its keys there
-    redactor = Redactor()
     if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="replace")    # type: ignore[union-attr]
+        sys.stdout = open(os.devnull)   # it was closed: what is written there fails
+    else:
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")      # type: ignore[union-attr]
+    redactor, code = Redactor(), 1
     LOG.handlers = [LogLines(redactor)]
     LOG.setLevel(logging.INFO)
-    code = 1
     try:
         code = run_action(argv, redactor)
         sys.stdout.flush()
     except ModuleNotFoundError as error:
-        LOG.error("the Python package %s is missing: %s, then start again", error.name,
-                  how_to_install("requests", "psutil", "nvidia-ml-py", "pyyaml"))
+        LOG.error("%s", explain_missing(error))
     except AgentError as error:
         LOG.error("%s", error)
         code = error.exit_code
-    except BrokenPipeError:     # whoever read the answer has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except OSError as error:
-        LOG.error("%s", error)
     except Exception as error:
-        LOG.error("unexpected %s: report it with what --debug prints", type(error).__name__)
+        code = 1
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            LOG.error("%s: mend that, and start it again", explain_error(error))
+        elif not isinstance(error, OSError):    # whoever read from the pipe has read enough
+            LOG.error("unexpected %s: report it with what --debug prints", type(error).__name__)
         LOG.debug("where", exc_info=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # for what could not be written
     return code
 
 
