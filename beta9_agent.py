@@ -2367,7 +2367,7 @@ def keep(config: Config, state: State) -> int:
 
             # What should the gateway know of it?
             now = read_clock()
-            sure = lease.registered is not None and lease.unconfirmed is None
+            sure = lease.unconfirmed is None        # of what the gateway holds
             known = lease.registered.offer if lease.registered and sure else None
             offer, promise, reason = plan_offer(host.capacity.value, promise, view, known, now)
             wanted = Registration(offer, config.k3s_token, private_ip)
