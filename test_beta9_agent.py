@@ -5481,7 +5481,7 @@ def test_script_with_all_options_fits_into_user_data_at_least_as_gzip():
     """Most clouds take 65,536 bytes, and cloud-init undoes gzip; plain it is a little over that."""
     script = script_for(*ALL).encode()
     print(f"bytes: {len(script)}, as gzip {len(gzip.compress(script))}")
-    assert len(gzip.compress(script)) < 65_536 and len(script) < 70_000
+    assert len(gzip.compress(script)) < 65_536 and len(script) < 72_000
 
 
 def test_script_carries_this_file_and_its_sha256():
