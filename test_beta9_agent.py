@@ -5059,6 +5059,10 @@ def well(gateway, certificates):
     gateway.config["database"]["redis"]["addrs"] = [f"127.0.0.1:{gateway.port}"]
     if not os.path.exists(certificates.path("here")):
         certificates.make("here", names="IP:127.0.0.3")
+    try:
+        socket.create_server(("127.0.0.3", 6443)).close()
+    except OSError:
+        pytest.skip("port 6443, to which --hostname leads, is taken here, or macOS has no 127.0.0.3")
     with K3s(certificates, "here", host="127.0.0.3", port=6443) as k3s:
         k3s.gateway = gateway
         k3s.all = [*at(gateway), *k3s.options("--hostname", "127.0.0.3")]
