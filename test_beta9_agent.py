@@ -6006,6 +6006,15 @@ def test_systemd_uninstall_leaves_nothing_and_may_be_run_twice(with_k3s):
 
 
 @systemd
+def test_systemd_uninstall_where_k3s_never_was_leaves_no_failed_unit_and_no_folder_of_it(machine):
+    machine.serve(lambda: Gateway(port=1994))
+    assert machine.script(script_for(*OPTIONS)).returncode == 0
+    assert machine.path("/var/lib/rancher").exists()
+    assert machine.uninstall().returncode == 0 and not machine.path("/var/lib/rancher").exists()
+    assert "beta9" not in machine.says("systemctl --failed --all --plain --no-legend")
+
+
+@systemd
 @pytest.mark.slow
 def test_systemd_uninstall_interrupted_at_any_moment_is_finished_by_the_next(with_k3s):
     machine, before = with_k3s, with_k3s.left()
