@@ -22,7 +22,8 @@ Connects to  the gateway you name, or the proxy that the environment names for i
              DNS, for its name; with --ssh the gateway through ssh alone.
              This machine's k3s, at --k3s-url and through no proxy: with --k3s-ca-file for the
              worker pods and the node; else for a TLS handshake, without any token.
-             --check asks more of both, and tries --hostname and what the gateway names for workers
+             --check asks both for more. It also connects to --hostname, and to the addresses that
+             the gateway names for workers
 Listens      nowhere (--dev: on 127.0.0.1)
 Reads        the files you name, its state folder, /etc/machine-id, the hardware through psutil
              and NVML; ssh reads its own configuration and keys
@@ -148,7 +149,7 @@ class Lease(NamedTuple):
     due: float
     ttl: float = 299.0                          # a guess, until the gateway tells
     registered: Registration | None = None      # as the gateway has confirmed it
-    unconfirmed: Registration | None = None     # sent since then, and perhaps taken
+    unconfirmed: Registration | None = None     # sent since then, perhaps taken; None: all is known
     confirmed_at: float = -math.inf             # by the last answer that renewed the TTL
     kept_at: float | None = None                # by the last keepalive
     register_failed: bool = False               # the last call was a registration, and it failed
@@ -158,7 +159,7 @@ class Lease(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """How many GPUs workers may hold, and since when none can be there any more.
+    """How many GPUs workers may hold, and since when no worker has been seen.
 
     Lowering `gpu_count` below what workers hold, with CPU on offer, makes a counter of the gateway
     wrap around, which then starts workers without end and cordons the whole pool (measured).
@@ -166,7 +167,7 @@ class Promise(NamedTuple):
 
     gpu_count: int                      # that were offered with CPU last
     quiet_since: float | None = None    # no CPU is offered, the gateway knows it, no worker is seen
-    patience: float = math.inf          # seconds of quiet that are enough where workers are unknown
+    from_before: bool = False           # by the process before this one
 
 
 class Gpu(NamedTuple):
@@ -212,7 +213,7 @@ class Steady:
         self.value: Any = None      # what is believed; None before the first look
         self.last: Any = None
 
-    def look(self, new: Any) -> Any:
+    def observe(self, new: Any) -> Any:
         if self.value is None or new == self.last:
             self.value = new
         self.last = new
@@ -282,12 +283,8 @@ def is_loopback(host: str) -> bool:
 
 
 def describe_body(body: bytes) -> str:
-    """An answer for the log, without what is nested in it, such as `config` with its secrets."""
-    fields = as_mapping(parse_json(body))
-    if not fields:
-        return "not shown" if b"config" in body else printable(body.decode(errors="replace"), 300)
-    return printable(json.dumps({key: "not shown" if isinstance(value, (dict, list)) else value
-                                 for key, value in fields.items()}), 1000)
+    """An answer for the log; not one with the gateway's configuration, which holds its secrets."""
+    return "not shown" if b"config" in body else printable(body.decode(errors="replace"), 300)
 
 
 class Answer(NamedTuple):
@@ -296,11 +293,12 @@ class Answer(NamedTuple):
     body: bytes
 
 
-NEW_TOKEN = "Get a new one with `beta9 machine create --pool {config.pool_name}`"
+NEW_TOKEN = ("Get a new one from the gateway's operator, who makes it with `beta9 machine create"
+             " --pool {config.pool_name}`")
 TRY_HEALTH = ("Check --gateway-host and --gateway-port;"
               " `curl {config.gateway}/api/v1/health` should answer")
 
-# What an answer means that is no confirmation, by the first pattern that matches the line "<call>
+# The meaning of answers that confirm nothing, by the first pattern that matches the line "<call>
 # <status> <what it says>": the gateway says 500 for a bad pool name, for a machine that it forgot
 # and for real trouble alike. Source: the gateway's handlers.
 ANSWERS = (
@@ -400,12 +398,13 @@ def next_call(lease: Lease, wanted: Registration, now: float) -> str:
     where the gateway would place more here than there is room for.
     """
     if lease.registered is None or now - lease.confirmed_at > lease.ttl:
-        return REGISTER
-    held = {lease.registered.offer, (lease.unconfirmed or lease.registered).offer}
+        return REGISTER         # the gateway does not know this machine
+    if lease.registered == wanted and lease.unconfirmed is None:
+        return KEEPALIVE        # it knows all
+    held = [each.offer for each in (lease.registered, lease.unconfirmed) if each is not None]
     too_large = any(offer.cpu > wanted.offer.cpu or offer.gpu_count > wanted.offer.gpu_count
                     for offer in held)
-    known = lease.registered == wanted and lease.unconfirmed is None
-    return KEEPALIVE if known or (lease.register_failed and not too_large) else REGISTER
+    return KEEPALIVE if lease.register_failed and not too_large else REGISTER
 
 
 def next_due(lease: Lease, call: str, lost_ssh: bool, now: float) -> float:
@@ -522,26 +521,25 @@ def plan_offer(found: Offer, promise: Promise, view: K3sView, registered: Offer 
     are left. `registered` is what the gateway has confirmed last.
     """
     offer, reason = fit_to_node(found, view)
-    if offer.gpu_count >= promise.gpu_count:
-        if view.fault:
-            return offer._replace(cpu=0), promise._replace(quiet_since=None), view.fault
-        return offer, Promise(offer.gpu_count), reason
-    closed = (registered is not None and registered.cpu == 0
-              and registered.gpu_count == offer.gpu_count)
-    quiet_since = None
-    if closed and not view.workers and not view.fault:
+    may_place, quiet_since = offer.gpu_count >= promise.gpu_count, None
+    withdrawn = (registered is not None and registered.cpu == 0
+                 and registered.gpu_count == offer.gpu_count)
+    if withdrawn and not may_place and not view.workers and not view.fault:
         quiet_since = now if promise.quiet_since is None else promise.quiet_since
-    patience = promise.patience if view.workers is None else WORKER_PATIENCE
-    if quiet_since is not None and now - quiet_since >= patience:
+        # Workers that cannot be seen may still run; but an idle one ends within WORKER_PATIENCE, so
+        # those of the process before have.
+        trusted = view.workers is not None or promise.from_before
+        may_place = trusted and now - quiet_since >= WORKER_PATIENCE
+    if may_place and not view.fault:
         return offer, Promise(offer.gpu_count), reason
-    count = "unknown" if view.workers is None else str(len(view.workers))
-    until = f"until {patience / 60:.0f} minutes after the last worker has ended"
-    if view.workers is None:
-        until = "until a restart" if patience == math.inf else f"for {patience / 60:.0f} minutes"
+    count, until = "unknown", "for 10 minutes" if promise.from_before else "until a restart"
+    if view.workers is not None:
+        count, until = str(len(view.workers)), "until 10 minutes after the last one has ended"
+    reason = reason or (f"{offer.gpu_count} GPUs are here where {promise.gpu_count} were offered:"
+                        " look at `nvidia-smi`, unless --max-gpus was lowered")
     return offer._replace(cpu=0), promise._replace(quiet_since=quiet_since), view.fault or (
-        f"{offer.gpu_count} GPUs are here where {promise.gpu_count} were offered, and workers may"
-        f" hold the others (workers now: {count}): no work is taken {until}. Look at `nvidia-smi`,"
-        " and `beta9 machine drain` this machine")
+        f"{reason}. Workers may hold the others (workers now: {count}), so no work is taken"
+        f" {until}; have this machine drained by `beta9 machine drain`")
 
 
 TRY_K3S = "look at `systemctl status k3s`, and check --k3s-url and --k3s-ca-file"
@@ -606,8 +604,8 @@ AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "y": 365 * 86400}
 
 def parse_workers(body: bytes, before: Mapping[str, Worker],
                   now: float) -> dict[str, Worker] | None:
-    """The pods in a Table of the Kubernetes API, with since when they are in their present state,
-    as far as is known; None where it is no Table.
+    """The pods in a Table of the Kubernetes API, each with the time when it entered its present
+    state, as far as is known; None where it is no Table.
     """
     table = as_mapping(parse_json(body))
     if table.get("kind") != "Table":
@@ -631,7 +629,7 @@ def parse_workers(body: bytes, before: Mapping[str, Worker],
 def explain_workers(workers: Mapping[str, Worker], now: float) -> str:
     for name, worker in workers.items():
         stuck = worker.status == "Pending" and now - worker.since > PENDING_PATIENCE
-        if stuck or re.search("BackOff|Err|Invalid|Failed|Evicted|OOMKilled", worker.status):
+        if stuck or re.search("BackOff|Err|Invalid", worker.status):
             return f"worker {name} cannot run, {worker.status}: see `kubectl describe pod {name}`"
     return ""
 
@@ -718,22 +716,24 @@ def judge(record: Mapping[str, Any], running: bool, now: float) -> tuple[int, st
         return printable(record.get(name) or "", 500)
 
     failure = f": {text('failure')}" if text("failure") else ""
-    overdue, failing, kept = ago("next_attempt_at"), ago("failing_since"), ago("last_keepalive_at")
+    overdue, failing_for = ago("next_attempt_at"), ago("failing_since")
+    since_keepalive = ago("last_keepalive_at")
     if not running:
         return 3, "not running"
     if overdue is not None and overdue > 60:
         return 1, f"no sign of life for {format_seconds(overdue)}: see its log, or restart it"
-    if kept is None:
-        return 1, f"not ready yet{failure}" if failing is not None else "starting"
-    if failing is not None and kept > failing:
-        return 1, f"not ready for {format_seconds(failing)}{failure}"
+    if since_keepalive is None:
+        return 1, f"not ready yet{failure}" if failing_for is not None else "starting"
+    if failing_for is not None and since_keepalive > failing_for:
+        return 1, f"not ready for {format_seconds(failing_for)}{failure}"
     if (ago("lease_ends_at") or 0) > 0:
         return 1, "not ready, as its lease ran out: it registers again with its next call"
     if text("placement"):
-        return 1, f"ready, but no work will come: {text('placement')}"
+        return 1, (f"ready, but no work will come: {text('placement')}; once that is mended,"
+                   " restart the agent")
     if not number_in(as_mapping(record.get("offer")), "cpu"):
         return 1, f"ready, but takes no work: {text('warning')}"
-    if failing is not None:
+    if failing_for is not None:
         return 1, f"ready, but a change could not be registered{failure}"
     return 0, f"ready for {format_seconds(ago('ready_since'))}"
 
@@ -800,14 +800,8 @@ def parse_url(text: str) -> str:
     return text.rstrip("/")
 
 
-# Nothing that fits can be an option of ssh, or a command in the shell that it runs for ProxyJump.
-SSH_HOST = r"(?:([A-Za-z0-9_][\w.-]*)@)?([A-Za-z0-9_][\w.-]*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
-
-
 def parse_ssh_host(text: str) -> str:
-    found = re.fullmatch(SSH_HOST, text, re.ASCII)
-    if found is None or (found[3] and not 0 < int(found[3]) < 65536):
-        raise ValueError
+    parse_url(f"ssh://{text}")      # is its port one?
     return text
 
 
@@ -831,7 +825,9 @@ a_url = checked(r"https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?", 
                 " of k3s: give https and its host, as in https://127.0.0.1:6443", parse_url)
 a_ca_file = checked(".+", "is not a file of root certificates: give one in PEM format",
                     parse_ca_file)
-an_ssh_host = checked(".+", "is not a host that ssh can go to: give [user@]host[:port], as in"
+# Nothing that fits can be an option of ssh, or a command in the shell that it runs for ProxyJump.
+an_ssh_host = checked(r"(\w[\w.-]*@)?(\w[\w.-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?",
+                      "is not a host that ssh can go to: give [user@]host[:port], as in"
                       " me@gateway.example.com", parse_ssh_host)
 a_switch = checked("(?i)1|true|yes|on|0|false|no|off",
                    "is neither yes nor no: give 1, true, yes, on, or 0, false, no, off",
@@ -861,6 +857,10 @@ class Option(NamedTuple):
         return self.flag[2:].replace("-", "_")
 
     @property
+    def variable(self) -> str:
+        return f"BETA9_{self.name.upper()}"
+
+    @property
     def key(self) -> str:
         in_section = self.group == "gateway"
         return f"gateway.{self.name.removeprefix('gateway_')}" if in_section else self.name
@@ -884,7 +884,7 @@ OPTIONS = [
            "print a script that installs this as a service"),
     Option(WHAT, "--install-k3s", "", a_switch,
            "with --print-install: bring k3s too, where it is missing"),
-    Option(WHAT, "--print", "NAME", a_name, "print a file of that script: unit, uninstall, ..."),
+    Option(WHAT, "--print", "NAME", a_name, "print a file of the service: unit, uninstall, ..."),
     Option(WHAT, "--version", "", a_switch, "show the version and SHA-256 of this file"),
     Option(WHAT, "--help", "", a_switch, "show this"),
     Option("identity", "--token", "TOKEN", a_token,
@@ -920,20 +920,20 @@ OPTIONS = [
     Option(HERE, "--state-dir", "DIR", a_name,
            "folder for machine id, lock and status"),
     Option(BEHAVIOUR, "--keepalive-interval", "SECONDS", an_interval,
-           "time between keepalives, 0.1 to 240", 60.0),
+           "time between keepalives, 0.1 to 240, at most a third of the gateway's TTL", 60.0),
     Option(BEHAVIOUR, "--startup-timeout", "SECONDS", a_duration,
            "how long to try at the start, else for ever"),
     Option(BEHAVIOUR, "--debug", "", a_switch, "log requests and answers", False),
     Option(BEHAVIOUR, "--config", "FILE", a_name, "YAML or JSON file of these settings"),
 ]
 SETTINGS = [option for option in OPTIONS if option.group != WHAT]
-VARIABLES = {f"BETA9_{option.name.upper()}": option.name for option in SETTINGS}
+VARIABLES = {option.variable: option.name for option in SETTINGS}
 SECRETS = ("token", "k3s_token")
 # What `beta9 machine create` prints for the agent that needs a VPN.
 UNUSED_FLAGS = ("--tailscale-url", "--tailscale-auth", "--flux-upstream", "--flux-branch",
                 "--flux-github-token")
 # Beta9 sets the first two for its own client; the others are Kubernetes' links to a service that
-# is called beta9-gateway, of which BETA9_GATEWAY_PORT=tcp://... is one too.
+# is called beta9-gateway. So is BETA9_GATEWAY_PORT where it begins with tcp://.
 FOREIGN_VARIABLES = "BETA9_GATEWAY_(HOST_HTTP|PORT_HTTP|SERVICE_(HOST|PORT).*|PORT_[0-9]+_.*)"
 DESCRIPTION = """Registers this machine with a Beta9 gateway and keeps it ready for work.
 
@@ -948,19 +948,17 @@ Exit codes: 0 stopped as asked, 1 unexpected error, 2 bad setting, 69 gateway ou
 75 already running, 77 token refused, 78 machine refused."""
 
 
-def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     import difflib
-    endings = [each[len(prefix):] for each in known]
-    near = difflib.get_close_matches(word[len(prefix):], endings, 1, 0.6)
-    return f", did you mean {prefix}{near[0]}?" if near else ""
+    near = difflib.get_close_matches(word, known, 1, 0.75)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def is_like_token(text: str) -> bool:
     """Whether a word that was not understood may be a token, and must not be shown."""
-    plain = re.fullmatch("(--)?[a-z_.-]{1,40}", text.replace("k3s", ""))
-    glued = re.match("--(k3s-)?token[^-]{8}", text)
+    plain = re.fullmatch("(--)?(k3s|[a-z_.-]){0,40}", text)
     is_path = text.startswith(("/", "./", "../")) and "/" in text[1:]
-    return len(text) >= 8 and not is_path and (glued is not None or not plain)
+    return len(text) >= 8 and not is_path and not plain
 
 
 def format_word(word: str) -> str:
@@ -968,77 +966,44 @@ def format_word(word: str) -> str:
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse whose errors are AgentErrors and show no value, as that may be a token. What is
-    wrong with a value it notes in `problems`, and goes on.
-    """
-
-    source = ""         # of the words that are read, as in " from agent.yaml"
-    problems: list[str]
+    """argparse whose errors are AgentErrors and show no value, as that may be a token."""
 
     def error(self, message: str) -> Any:
         message = re.sub("(?s)ignored explicit argument.*", "takes no value", message)
         raise AgentError(f"{message.removeprefix('argument ')}. See --help")
 
-    def read(self, words: list[str]) -> dict[str, Any]:
-        given, unknown = self.parse_known_args(words)
-        for word in unknown[:1]:
-            option = next((each for each in unknown if each.startswith("-")), "").partition("=")[0]
-            near = nearest(option or f"--{word}", [each.flag for each in OPTIONS], "--")
-            what = f"option {format_word(option)}" if option else f"word {format_word(word)}"
-            raise AgentError(f"unknown {what}{near or '.'} See --help")
-        return vars(given)
-
-    def note_problem(self, option: Option, text: str, fault: object) -> None:
-        hidden = option.name in SECRETS or (option.metavar == "FILE" and is_like_token(text))
-        shown = f"of {len(text)} characters" if hidden else f"'{printable(text)}'"
-        source = self.source.replace("{variable}", f"BETA9_{option.name.upper()}")
-        self.problems.append(f"{option.flag}: the value {shown}{source} {fault}")
-
-    def parser_of(self, option: Option) -> Callable[[str], Any]:
-        def parse(text: str) -> Any:
-            try:
-                return option.parse(text)
-            except ValueError as error:
-                self.note_problem(option, text, error)
-        return parse
-
-    def words_of(self, settings: Mapping[str, str]) -> list[str]:
-        words = []
-        for option in SETTINGS:
-            text = settings.get(option.name, "")
-            if text in ("", "null", "~"):       # as good as none
-                continue
-            if option.metavar:
-                words.append(f"{option.flag}={text}")
-                continue
-            try:
-                words.append(option.flag if option.parse(text) else f"--no-{option.flag[2:]}")
-            except ValueError as error:
-                self.note_problem(option, text, error)
-        return words
-
 
 def build_command_line() -> CommandLine:
+    """The parser of words, which leaves each value as it is written; a switch is "yes" or "no"."""
     parser = CommandLine("beta9_agent.py", "beta9_agent.py [options]", DESCRIPTION, EPILOG,
                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                          add_help=False, argument_default=argparse.SUPPRESS)
-    parser.problems = []
     groups: dict[str, Any] = {}
     for option in OPTIONS:
         group = groups.get(option.group) or parser.add_argument_group(option.group)
         groups[option.group] = group
         text = f"{option.help} [{option.default}]" if option.default else option.help
         if option.metavar:
-            group.add_argument(option.flag, type=parser.parser_of(option), metavar=option.metavar,
-                               help=text)
+            group.add_argument(option.flag, metavar=option.metavar, help=text)
         else:
             short = ["-h"] if option.name == "help" else []
-            group.add_argument(*short, option.flag, action="store_true", help=text)
-            parser.add_argument(f"--no-{option.flag[2:]}", dest=option.name, action="store_false",
-                                help=argparse.SUPPRESS)
+            group.add_argument(*short, option.flag, action="store_const", const="yes", help=text)
+            parser.add_argument(f"--no-{option.flag[2:]}", dest=option.name, action="store_const",
+                                const="no", help=argparse.SUPPRESS)
     for flag in UNUSED_FLAGS:
         parser.add_argument(flag, help=argparse.SUPPRESS)
     return parser
+
+
+def parse_words(argv: list[str]) -> dict[str, str]:
+    """The settings on the command line. Raises AgentError for a word that is none of it."""
+    given, unknown = build_command_line().parse_known_args(argv)
+    if unknown:
+        option = next((each for each in unknown if each.startswith("-")), "").partition("=")[0]
+        what = f"option {format_word(option)}" if option else f"word {format_word(unknown[0])}"
+        near = nearest(option or f"--{unknown[0]}", [each.flag for each in OPTIONS])
+        raise AgentError(f"unknown {what}{near or '.'} See --help")
+    return vars(given)
 
 
 def read_file(path: str) -> str:
@@ -1049,7 +1014,8 @@ def read_file(path: str) -> str:
         if len(data) <= FILE_LIMIT:
             return data.decode()
     except OSError as error:
-        raise AgentError(f"{error.strerror}: check the path and its permissions") from None
+        raise AgentError(f"{error.strerror} for user #{os.geteuid()}: check the path, its owner and"
+                         " permissions") from None
     except ValueError:
         pass
     raise AgentError("it is not text, or over 64 KiB: is it the right file?")
@@ -1075,11 +1041,12 @@ def parse_settings(text: str) -> dict[str, Any]:
 
 
 def read_config_file(path: str) -> dict[str, str]:
-    """The settings in a file by their names. Raises AgentError, which quotes nothing of it."""
+    """The settings in a file by their names, without empty ones. Raises AgentError, which quotes
+    nothing of the file.
+    """
     where = f"--config {printable(path)}"
     try:
-        text = read_file(path)
-        tree = parse_settings(text)
+        tree = parse_settings(read_file(path))
     except AgentError as error:
         raise AgentError(f"{where} cannot be read, {error}") from None
     except ModuleNotFoundError:
@@ -1095,37 +1062,55 @@ def read_config_file(path: str) -> dict[str, str]:
                              f"{nearest(str(key), names) or ', see --help'}")
         if isinstance(value, (dict, list)):
             raise AgentError(f"{where} has more than one value for {key}: give one")
-    return {names[key]: "" if value is None else str(value) for key, value in tree.items()}
+    return {names[key]: str(value) for key, value in tree.items()
+            if value not in (None, "", "null", "~")}
 
 
 def take_variables(environ: Any) -> dict[str, str]:
-    """Our settings in the environment, which they leave: no child may inherit a token."""
-    found = {VARIABLES[each]: environ.pop(each) for each in VARIABLES if each in environ}
-    if "://" in found.get("gateway_port", ""):
-        del found["gateway_port"]
-        LOG.warning("BETA9_GATEWAY_PORT is ignored, as Kubernetes set it, as a link to a service:"
-                    " give --gateway-port, or set enableServiceLinks to false for the pod")
-    for name in environ:
-        if name.startswith("BETA9_") and not re.fullmatch(FOREIGN_VARIABLES, name):
+    """Our settings in the environment, without empty and foreign ones. Every BETA9_ variable is
+    removed there: no child may inherit a token.
+    """
+    found = {name: environ.pop(name) for name in list(environ) if name.startswith("BETA9_")}
+    for name in found:
+        if name not in VARIABLES and not re.fullmatch(FOREIGN_VARIABLES, name):
             LOG.warning("the variable %s is unknown and ignored%s", printable(name),
-                        nearest(name, VARIABLES, "BETA9_"))
-    return found
+                        nearest(name, VARIABLES))
+    return {VARIABLES[name]: text for name, text in found.items()
+            if name in VARIABLES and text and not text.startswith("tcp://")}
 
 
-def merge_settings(config: Config, given: Mapping[str, Any], source: str) -> None:
+def hide_token(redactor: Redactor, path: str) -> None:
+    """Redacts a token that was typed where the name of its file belongs."""
+    if is_like_token(path) and not os.path.exists(path):
+        for shown in (path, path[:200]):        # the second one as `printable` cuts it
+            redactor.remember(shown, Secret(shown))
+
+
+def take_settings(config: Config, settings: Mapping[str, str], source: str) -> None:
     """Has the settings of one source win over those before. A token and its file are one setting:
-    of the two, the one of the later source holds.
+    of the two, the one of the later source holds. The environment is the source "".
     """
     for name in SECRETS:
-        both = {name, f"{name}_file"} & set(given)
-        if len(both) == 2:
-            config.problems.append(f"{name} and {name}_file are both given{source}: give one")
-        if both:
+        both = {name, f"{name}_file"}
+        if both <= set(settings):
+            config.problems.append(f"{name} and {name}_file are both given by"
+                                   f" {source or 'the environment'}: give one")
+        if both & set(settings):
             vars(config).update({name: None, f"{name}_file": None})
-    vars(config).update(given)
-    for name in given:
-        config.sources[name] = source.removeprefix(" from ").replace(
-            "{variable}", f"BETA9_{name.upper()}") or "command line"
+    for option in OPTIONS:
+        text = settings.get(option.name)
+        if text is None:
+            continue
+        if option.metavar == "FILE":
+            hide_token(config.redactor, text)
+        try:
+            setattr(config, option.name, option.parse(text))
+            config.sources[option.name] = source or option.variable
+        except ValueError as error:
+            shown = (f"of {len(text)} characters" if option.name in SECRETS else
+                     f"'{printable(config.redactor.redact(text))}'")
+            config.problems.append(f"{option.flag}: the value {shown} from"
+                                   f" {source or option.variable} {error}")
 
 
 def read_tokens(config: Config) -> None:
@@ -1144,32 +1129,19 @@ def read_tokens(config: Config) -> None:
             config.redactor.remember(name, getattr(config, name))
 
 
-def hide_token(redactor: Redactor, path: str | None) -> None:
-    """Has a token that was typed where its file belongs taken out of all that is printed."""
-    if path and is_like_token(path) and not os.path.exists(path):
-        redactor.remember(path, Secret(path))
-
-
 def read_config(argv: list[str], environ: Any, redactor: Redactor) -> Config:
     """The settings; `problems` has a line for each that will not do. Raises AgentError for what
     cannot be read at all. --status needs no token, and reads no token file.
     """
-    parser, variables = build_command_line(), take_variables(environ)
     config = Config(sources={}, problems=[], redactor=redactor)
     vars(config).update({option.name: option.default for option in OPTIONS})
-    given = parser.read(argv)
+    variables, given = take_variables(environ), parse_words(argv)
     path = given.get("config") or variables.get("config")
-    hide_token(redactor, path)
-    unread = not path or given.get("help") or given.get("version")
-    parser.problems = config.problems
-    for parser.source, settings in (
-            (f" from {printable(path)}", {} if unread else read_config_file(str(path))),
-            (" from {variable}", variables), ("", None)):
-        words = argv if settings is None else parser.words_of(settings)
-        merge_settings(config, parser.read(words), parser.source)
-    for option in SETTINGS:
-        if option.metavar == "FILE":
-            hide_token(redactor, getattr(config, option.name))
+    if path and not {"help", "version"} & set(given):
+        hide_token(redactor, path)
+        take_settings(config, read_config_file(path), printable(path))
+    take_settings(config, variables, "")
+    take_settings(config, given, "the command line")
     unused = [flag for flag in UNUSED_FLAGS if flag[2:].replace("-", "_") in given]
     if unused:
         LOG.info("accepted, but not needed by this agent: %s", ", ".join(unused))
@@ -1241,13 +1213,14 @@ class Question:
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.function = function
-        self.answer: Any = None
-        self.answered = allocate_lock()     # held while the thread of this question is under way
-        self.under_way = self.begun = self.was_late = False
-        self.asked_at = self.took = 0.0
+        self.answer: Any = None             # or what the function raised
+        self.answered = allocate_lock()     # of the last thread, which frees it with the answer
+        self.under_way = False              # from the start until the answer is taken
+        self.begun = False                  # the last thread has come to life
+        self.asked_at = self.took = 0.0     # took: seconds, of the last answer
 
     def _run(self, answered: Any) -> None:
-        if answered is not self.answered:   # given up before it began
+        if answered is not self.answered:   # another thread was started in this one's place
             return
         self.begun = True
         try:
@@ -1260,10 +1233,14 @@ class Question:
     def start(self) -> None:
         """Asks, unless it is asked already. Raises RuntimeError where no thread can be had.
 
-        Not by `threading`, which waits for ever for a thread that dies while it starts.
+        Not by `threading`, which waits for ever for a thread that dies while it starts. One that
+        has not begun for long has died so, and another takes its place.
         """
-        if not self.under_way:
-            self.begun, self.answered, self.asked_at = False, allocate_lock(), read_clock()
+        late = read_clock() > self.asked_at + HOST_DEADLINE
+        dead = self.under_way and not self.begun and late
+        if dead or not self.under_way:
+            self.under_way, self.begun = False, False
+            self.answered, self.asked_at = allocate_lock(), read_clock()
             self.answered.acquire()
             start_new_thread(self._run, (self.answered,))
             self.under_way = True
@@ -1275,26 +1252,23 @@ class Question:
         self.start()
         while not self.answered.acquire(timeout=min(0.1, max(until - read_clock(), 0))):
             if read_clock() >= min(until, STOP.at + STOP.patience):
-                if not self.begun and read_clock() > self.asked_at + HOST_DEADLINE:
-                    # Its thread died while it started, perhaps.
-                    self.under_way, self.answered = False, allocate_lock()
                 raise TimeoutError
         self.under_way = False
         if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
 
-    def ask_once(self, seconds: float) -> Any:
-        """As `ask`, for what is asked again and again: while it takes longer than that it is not
-        waited for, and each question gets the answer to the one before.
+    def poll(self, seconds: float) -> Any:
+        """As `ask`, for what is asked again and again. It waits until `seconds` after the question
+        was put, not after this call, so a hang costs that once. A slow question is put again at
+        once, for the next poll.
         """
-        try:
-            return self.ask(read_clock() + (0.0 if self.was_late else seconds))
-        finally:
-            self.was_late = self.under_way or self.took > seconds
-            if self.was_late:
-                with contextlib.suppress(RuntimeError):
-                    self.start()
+        self.start()
+        answer = self.ask(self.asked_at + seconds)
+        if self.took > seconds:
+            with contextlib.suppress(RuntimeError):
+                self.start()
+        return answer
 
 
 TOLD: set[str] = set()
@@ -1307,13 +1281,13 @@ def warn_once(text: str) -> None:
         LOG.warning(text)
 
 
-def how_to_install(*packages: str) -> str:
-    """The command that brings Python packages to this interpreter, tried on Debian 12 and 13."""
+def how_to_install() -> str:
+    """The command that brings the packages to this interpreter, tried on Debian 12 and 13."""
+    packages = "requests psutil nvidia-ml-py pyyaml"
     if sys.prefix != sys.base_prefix:
-        return f"`{sys.executable} -m pip install {' '.join(packages)}`"
+        return f"`{sys.executable} -m pip install {packages}`"
     return ("as root `apt-get update && apt-get install -y python3-venv`, then `python3 -m venv"
-            " .venv && .venv/bin/pip install requests psutil nvidia-ml-py pyyaml`, and start it"
-            " with .venv/bin/python")
+            f" .venv && .venv/bin/pip install {packages}`, and start it with .venv/bin/python")
 
 
 def load_nvml() -> Any:
@@ -1327,49 +1301,24 @@ def load_nvml() -> Any:
     return pynvml
 
 
-def is_idle(nvml: Any, handle: Any) -> bool:
-    """Whether no process computes on a card or MIG device. Raises NVMLError.
-
-    Drivers of 470 and older have the second version of the question alone, and today's binding
-    says so by an error that is no NVMLError.
-    """
-    try:
-        return not nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except Exception as error:
-        if getattr(error, "value", None) not in (nvml.NVML_ERROR_FUNCTION_NOT_FOUND, None):
-            raise
-        return not nvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)
-
-
-def list_mig_devices(nvml: Any, handle: Any) -> list[Any]:
-    """The MIG devices that a card is split into; none for a whole card."""
-    devices = []
-    with contextlib.suppress(Exception):    # of any kind: most cards cannot be split
-        if nvml.nvmlDeviceGetMigMode(handle)[0]:
-            for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-                with contextlib.suppress(nvml.NVMLError):   # a gap between two
-                    devices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))
-    return devices
-
-
 def read_gpu(nvml: Any, index: int) -> Gpu:
-    """A card. A call that cannot be answered leaves unknown what it tells; the card is not lost."""
+    """A card. Where it is unknown what runs on it, it is not lost."""
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         name = nvml.nvmlDeviceGetName(handle)
     except nvml.NVMLError:
         return Gpu(None, False)
+    # Bindings before 11.5 give bytes.
     name = printable(name.decode(errors="replace") if isinstance(name, bytes) else name, 60)
     try:
-        devices = list_mig_devices(nvml, handle) or [handle]
-        return Gpu(name, all(is_idle(nvml, each) for each in devices))
+        return Gpu(name, not nvml.nvmlDeviceGetComputeRunningProcesses(handle))
     except Exception as error:      # of any kind, as bindings and drivers of all ages meet here
         if getattr(error, "value", None) in (
                 nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED,
                 nvml.NVML_ERROR_UNKNOWN):
             return Gpu(None, False)
         warn_once(f"the driver does not tell what runs on its cards, {printable(error, 80)}: they"
-                  " count as not free; look at `nvidia-smi`")
+                  " count as not free, as where MIG splits them, and with drivers of 470 and older")
         return Gpu(name, False)
 
 
@@ -1382,7 +1331,7 @@ def list_gpus() -> list[Gpu]:
         nvml = load_nvml()
     except ImportError:
         warn_once("a driver is here, but 0 GPUs are offered, as its Python binding is missing:"
-                  f" {how_to_install('nvidia-ml-py')}, and restart the agent")
+                  f" {how_to_install()}, and restart the agent")
         return []
     if nvml is None:
         return []
@@ -1401,12 +1350,11 @@ def list_gpus() -> list[Gpu]:
 
 
 def find_private_ip() -> str:
-    """This machine's address on the default route, "" for none. Asks nobody."""
-    # Addresses of documentation (RFC 5737, RFC 3849): connecting UDP sends nothing.
-    for family, anywhere in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1")):
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as udp:
-            udp.connect((anywhere, 9))
-            return str(udp.getsockname()[0])
+    """This machine's IPv4 address on the default route, "" for none. Asks nobody."""
+    # An address of documentation (RFC 5737): connecting UDP sends nothing.
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.connect(("198.51.100.1", 9))
+        return str(udp.getsockname()[0])
     return ""
 
 
@@ -1435,12 +1383,10 @@ class Host:
         import psutil
         cpus = self.ask("the number of CPUs", psutil.cpu_count)
         memory = self.ask("the memory", psutil.virtual_memory)
-        until = read_clock() + HOST_DEADLINE
         with contextlib.suppress(RuntimeError):     # both at once, for one deadline
             self.driver.start()
-        disk = self.ask("the disk", lambda: self.disk.ask_once(HOST_DEADLINE))
-        self.gpus = self.ask("the NVIDIA driver", lambda: self.driver.ask_once(
-            max(TICK, until - read_clock())))
+        disk = self.ask("the disk", lambda: self.disk.poll(HOST_DEADLINE))
+        self.gpus = self.ask("the NVIDIA driver", lambda: self.driver.poll(HOST_DEADLINE))
         self.metrics = Metrics(
             cpu_utilization_pct=self.ask("the CPU's load", psutil.cpu_percent),
             memory_utilization_pct=getattr(memory, "percent", None),
@@ -1450,18 +1396,10 @@ class Host:
             total_disk_free_bytes=getattr(disk, "free", None),
             free_gpu_count=sum(gpu.free for gpu in self.gpus or ()))
         before = self.capacity.value or Offer(0, 0, 0)
-        self.capacity.look(offer_of(self.metrics, self.gpus, before, self.config))
+        self.capacity.observe(offer_of(self.metrics, self.gpus, before, self.config))
 
 
 # ---- 7 Clients
-class TooLarge(Exception):
-    """The answer is over its limit, which is the text."""
-
-
-class NameServerSlow(Exception):
-    pass
-
-
 class PublicAddress(Exception):
     """Tokens in cleartext would go there."""
 
@@ -1469,12 +1407,9 @@ class PublicAddress(Exception):
 CLEARTEXT = "without TLS others could read the tokens on their way"
 TRY_TLS = "Give --tls, or --ssh for a tunnel, or accept it with --allow-cleartext"
 
-
-# Of two that name the same, ssh takes the first.
+# `-W` opens no session, so there is no terminal, and nothing of an agent or X11 is forwarded.
 SSH_OPTIONS = ("BatchMode=yes", "ExitOnForwardFailure=yes", "ServerAliveInterval=15",
-               "ServerAliveCountMax=3", "ConnectTimeout=10", "ControlMaster=no", "ControlPath=none",
-               "ForwardAgent=no", "ForwardX11=no", "UpdateHostKeys=no", "PermitLocalCommand=no",
-               "LogLevel=ERROR")
+               "ServerAliveCountMax=3", "ControlPath=none", "LogLevel=ERROR")
 
 
 class Ssh:
@@ -1485,18 +1420,14 @@ class Ssh:
     def __init__(self, config: Config) -> None:
         import shutil
         program = shutil.which("ssh")
-        found = re.fullmatch(SSH_HOST, config.ssh, re.ASCII)
-        if program is None or found is None:
+        if program is None:
             raise AgentError("ssh is missing: `apt-get install openssh-client`, and start again", 1)
-        user, host, port = found.groups()
         # `-W` implies this, which would undo a RemoteForward of the user's own configuration; the
         # one of --check would be in the way of the agent's.
         clear = f"ClearAllForwardings={'yes' if config.check else 'no'}"
-        options = (*SSH_OPTIONS, clear)
-        self.words = [program, "-T", *(word for each in options for word in ("-o", each)),
-                      *(["-l", user] if user else []), *(["-p", port] if port else []),
+        self.words = [program, *(f"-o{option}" for option in (*SSH_OPTIONS, clear)),
                       "-W", f"{format_host(config.gateway_host)}:{config.gateway_port}",
-                      "--", host.strip("[]")]
+                      f"ssh://{config.ssh}"]
         self.process: Any = None
         self.said = ""          # by the ssh before, the end of it
 
@@ -1504,9 +1435,9 @@ class Ssh:
         """Ends ssh and what it has started, and keeps its last words."""
         if self.process is None:
             return
-        self.said = ""
         with contextlib.suppress(OSError):
             self.said = os.read(self.process.stderr.fileno(), 65536).decode(errors="replace")
+        # It is not reaped yet, so no other process has its number.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(Exception):    # it may be stuck in the kernel
@@ -1514,27 +1445,24 @@ class Ssh:
         self.process.stderr.close()
         self.process = None
 
+    def drain(self) -> None:
+        """Forgets what ssh says while all is well: a full pipe would stop it."""
+        with contextlib.suppress(OSError):      # it says nothing
+            os.read(self.process.stderr.fileno(), 65536)
+
     def open(self) -> socket.socket:
         """A new ssh, and our end of it. Raises OSError."""
         import subprocess
         self.close()
-        # Our tokens are not in there. SHELL is for ProxyJump; a service's may be nologin.
-        environ = {name: text for name, text in os.environ.items()
-                   if not name.startswith("BETA9_") and name != "NOTIFY_SOCKET"}
+        self.said = ""
+        # SHELL is for ProxyJump; a service's may be nologin.
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
                 self.words, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.PIPE,
-                start_new_session=True, env={**environ, "SHELL": "/bin/sh"})
+                start_new_session=True, env={**os.environ, "SHELL": "/bin/sh"})
         os.set_blocking(self.process.stderr.fileno(), False)
         return ours
-
-    def is_up(self) -> bool:
-        if self.process is None or not hasattr(os, "waitid"):
-            return self.process is not None and self.process.poll() is None
-        # Left unreaped, so that `killpg` cannot meet another process of this number.
-        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PID, self.process.pid, flags) is None
 
 
 class Connection:
@@ -1545,10 +1473,9 @@ class Connection:
     def __init__(self, client: "HttpClient", addresses: list[str]) -> None:
         self.client, self.addresses = client, addresses
         self.until = 0.0                # by the clock, of the request that is under way
-        self.live: Any = None           # urllib3's connection, to hang up
-        self.sock: Any = None           # its socket, which it forgets while an answer is read
-        self.is_new = False             # since the request began
-        self.is_answering = False       # the first byte of the answer is there
+        self.is_closed = False
+        self.sock: Any = None           # that the last answer came from
+        self.is_answering = False       # the first byte of an answer is there
         self.adapter = self.build_adapter()
 
     def seconds_left(self) -> float:
@@ -1556,15 +1483,14 @@ class Connection:
         return max(self.until - read_clock(), 0.001)
 
     def connect(self) -> socket.socket:
-        """To the first address that takes it, beginning with the last good one. Raises OSError."""
-        if self.until == 0.0:       # thrown away meanwhile
+        """A socket to the first address that takes it, or to ssh. Raises OSError."""
+        if self.is_closed:      # by whoever waited for this request
             raise TimeoutError
         if self.client.ssh is not None:
             return self.client.ssh.open()
         failure: OSError = TimeoutError()
-        addresses = sorted(self.addresses, key=lambda each: each != self.client.good_address)
-        for number, address in enumerate(addresses, 1):
-            share = ADDRESS_DEADLINE if number < len(addresses) else math.inf
+        for number, address in enumerate(self.addresses, 1):
+            share = ADDRESS_DEADLINE if number < len(self.addresses) else math.inf
             try:
                 sock = socket.create_connection(
                     (address, self.client.port), min(share, self.seconds_left()))
@@ -1575,9 +1501,12 @@ class Connection:
                 failure = error
         raise failure
 
-    def build_response_class(self) -> Any:
+    def build_adapter(self) -> Any:
+        """An adapter that connects by `connect`. A session follows redirects and obeys ~/.netrc."""
         import http.client
-        connection = self
+        import requests.adapters
+        import urllib3
+        connection, pools = self, {}
 
         class FinalResponse(http.client.HTTPResponse):
             """Skips 102, 103 and the like, as RFC 9110, 15.2, asks; the library skips 100 alone."""
@@ -1593,20 +1522,7 @@ class Connection:
                     self.headers = self.msg = None      # type: ignore[assignment]
                     super().begin()
 
-        return FinalResponse
-
-    def build_adapter(self) -> Any:
-        """An adapter of `requests` that connects by `connect`. Without a session, which follows
-        redirects, keeps cookies and obeys ~/.netrc.
-
-        `_new_conn` is where urllib3's own SOCKS support steps in too.
-        """
-        import requests.adapters
-        import urllib3
-        connection, response_class, pools = self, self.build_response_class(), {}
-
         def new_connection(live: Any) -> socket.socket:
-            connection.live, connection.is_new = live, True
             sock = connection.connect()
             sock.settimeout(connection.seconds_left())
             return sock
@@ -1616,7 +1532,7 @@ class Connection:
             if not hasattr(pool.ConnectionCls, "_new_conn"):    # no address would be judged
                 raise AgentError("this version of urllib3 is not known here: install urllib3 2", 1)
             kind = type("Connection", (pool.ConnectionCls,), {
-                "_new_conn": new_connection, "response_class": response_class})
+                "_new_conn": new_connection, "response_class": FinalResponse})
             pools[scheme] = type("Pool", (pool,), {"ConnectionCls": kind})
         adapter = requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=1)
         adapter.poolmanager.pool_classes_by_scheme = pools
@@ -1625,66 +1541,55 @@ class Connection:
         return adapter
 
     def send(self, prepared: Any, limit: int) -> Answer:
-        """One request and its whole answer. Raises TooLarge, and what the libraries do."""
-        self.is_new = self.is_answering = False
-        proxy = self.client.proxy
+        """One request and its whole answer. Raises AgentError, and what the libraries do."""
+        proxy, self.is_answering = self.client.proxy, False
         response = self.adapter.send(
             prepared, stream=True, timeout=self.seconds_left(), verify=self.client.ca_file or True,
             proxies={"http": proxy, "https": proxy} if proxy else {})
         body = response.raw.read(limit + 1, decode_content=False)
         if len(body) > limit:
-            raise TooLarge(f"{limit >> 10} KiB")
+            raise AgentError(f"the answer is larger than {limit >> 10} KiB")
         response.raw.release_conn()
         return Answer(response.status_code, response.headers, body)
 
-    def was_dead(self, error: Exception) -> bool:
-        """Whether a kept connection failed before it brought the first byte of an answer."""
-        return not (self.is_new or self.is_answering or isinstance(error, TimeoutError))
-
     def close(self) -> None:
         """Hangs up, which ends a request that is still under way."""
-        self.until = 0.0
-        for owner in (self.live, self):
-            with contextlib.suppress(Exception):    # none is there, or it is closed
-                owner.sock.shutdown(socket.SHUT_RDWR)
+        self.is_closed = True
+        with contextlib.suppress(Exception):    # there is none, or it is closed
+            self.sock.shutdown(socket.SHUT_RDWR)
         self.adapter.close()
         if self.client.ssh is not None:
             self.client.ssh.close()
 
 
-def redact_answer(answer: Answer, redactor: Redactor) -> Answer:
-    """The answer without tokens that it echoes, before any text of it is cut."""
-    headers = {name.title(): redactor.redact(value) for name, value in answer.headers.items()}
-    body = redactor.redact(answer.body.decode(errors="replace")).encode()
-    return Answer(answer.status, headers, body)
-
-
 class HttpClient:
     """One HTTP server. Every request of this program leaves here."""
 
-    def __init__(self, url: str, host: str, port: int, ca_file: str | None, proxy: str = "",
-                 private_only: bool = False, ssh: Ssh | None = None) -> None:
+    def __init__(self, url: str, host: str, port: int, redactor: Redactor,
+                 ca_file: str | None = None, proxy: str = "", private_only: bool = False,
+                 ssh: Ssh | None = None) -> None:
         import encodings.idna  # noqa: F401  # before threads do, which look names up with it
-        self.url, self.host, self.port, self.ca_file = url, host, port, ca_file
-        self.proxy, self.private_only, self.ssh = proxy, private_only, ssh
+        self.url, self.host, self.port, self.redactor = url, host, port, redactor
+        self.ca_file, self.proxy, self.private_only, self.ssh = ca_file, proxy, private_only, ssh
         self.look_up = Question(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         self.good_address = ""          # that took the last connection
         self.connection: Connection | None = None
 
     def find_addresses(self, until: float) -> list[str]:
-        """Those of the server, or of the proxy to it, each of them judged. Raises NameServerSlow,
-        PublicAddress, OSError, UnicodeError.
+        """Those of the server, or of the proxy to it, each of them judged, the last good one first.
+        Raises PublicAddress, AgentError, OSError, UnicodeError.
         """
         try:
             found = self.look_up.ask(until)
         except TimeoutError:
-            raise NameServerSlow from None
+            raise AgentError(f"the name server is slow: no address is known of {self.host} yet;"
+                             " see /etc/resolv.conf") from None
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         for address in addresses:
             if self.private_only and not is_private(address.partition("%")[0]):
                 raise PublicAddress(f"{self.host} leads to {address}, a public address, and"
                                     f" {CLEARTEXT}")
-        return addresses
+        return sorted(addresses, key=lambda each: each != self.good_address)
 
     def close(self) -> None:
         """Hangs up; the next request looks up and connects anew."""
@@ -1692,76 +1597,74 @@ class HttpClient:
             self.connection.close()
         self.connection = None
 
-    def try_once(self, prepared: Any, until: float, limit: int) -> Answer:
-        """Sends it, through the connection that is kept, where one is."""
-        if self.connection is None:
-            self.connection = Connection(self, [] if self.ssh else self.find_addresses(until))
-        connection = self.connection
-        connection.until = until
-        answer: Answer = Question(lambda: connection.send(prepared, limit)).ask(until)
-        return answer
+    def is_connected(self) -> bool:
+        """Whether a connection is kept that has not ended: an idle one has nothing to read."""
+        sock = None if self.connection is None else self.connection.sock
+        return sock is not None and sock.fileno() >= 0 and not select.select([sock], [], [], 0)[0]
 
-    def exchange(self, method: str, path: str, headers: Mapping[str, str], body: str | None,
-                 seconds: float, limit: int) -> Answer:
-        """A request and its answer of at most `limit` bytes, within `seconds`. Raises whatever goes
-        wrong. A kept connection that turns out to be dead is replaced once, as load balancers close
-        idle ones.
+    def try_once(self, prepared: Any, until: float, limit: int) -> Answer:
+        """Sends it, through the connection that is kept, where one is. The answer is without tokens
+        that it echoes, before any text of it is cut.
         """
-        import requests
-        until, kept = read_clock() + seconds, self.connection
-        prepared = requests.Request(method, self.url + path, dict(headers), data=body).prepare()
         try:
-            try:
-                return self.try_once(prepared, until, limit)
-            except Exception as error:
-                if kept is None or not kept.was_dead(error):
-                    raise
-                self.close()
-                return self.try_once(prepared, until, limit)
+            if self.connection is None:
+                self.connection = Connection(self, [] if self.ssh else self.find_addresses(until))
+            connection, redact = self.connection, self.redactor.redact
+            connection.until = until
+            answer = Question(lambda: connection.send(prepared, limit)).ask(until)
+            headers = {name.title(): redact(value) for name, value in answer.headers.items()}
+            body = redact(answer.body.decode(errors="replace")).encode()
+            return Answer(answer.status, headers, body)
         except Exception:
             self.close()
             raise
 
+    def ask(self, path: str, token: Secret, body: str | None, until: float,
+            limit: int = CONFIG_LIMIT, accept: str = "application/json") -> Answer:
+        """A GET, or with a body a POST, and its answer of at most `limit` bytes. Raises whatever
+        goes wrong. A kept connection that breaks before the first byte of its answer is replaced
+        once, as load balancers close idle ones.
+        """
+        import requests
+        kept = self.connection if self.is_connected() else None
+        # Without Content-Type the gateway says 400.
+        headers = {"Authorization": f"Bearer {token.reveal()}", "Accept": accept,
+                   "Content-Type": "application/json", "Accept-Encoding": "identity"}
+        method = "GET" if body is None else "POST"
+        prepared = requests.Request(method, self.url + path, headers, data=body).prepare()
+        if kept is None:
+            self.close()
+        try:
+            return self.try_once(prepared, until, limit)
+        except OSError:
+            if kept is None or kept.is_answering or STOP.is_set() or read_clock() >= until:
+                raise
+        return self.try_once(prepared, until, limit)
 
-def find_proxy(config: Config) -> str:
-    """The URL of the proxy that the environment names for the gateway; "" for none, as with --ssh.
+
+def find_way(config: Config) -> tuple[str, str, int]:
+    """The URL of the proxy that the environment names for the gateway, its host, and its port;
+    without a proxy, as with --ssh: "", the gateway's host, and its port.
 
     Raises AgentError for one that cannot be used, which is not shown: it may hold a password.
     """
     import requests.utils
     import urllib3.util
+    direct = "", config.gateway_host, config.gateway_port
     if config.ssh or is_loopback(config.gateway_host):
-        return ""
+        return direct
     named = requests.utils.get_environ_proxies(config.gateway)
-    proxy: str = requests.utils.select_proxy(config.gateway, named) or ""
+    proxy = requests.utils.select_proxy(config.gateway, named)
     if not proxy:
-        return ""
-    proxy = proxy if "://" in proxy else f"http://{proxy}"
+        return direct
     with contextlib.suppress(ValueError):
-        parsed = urllib3.util.parse_url(proxy)
-        if parsed.host and parsed.scheme in ("http", "https"):
-            return parsed.url       # as `requests` will write it
+        parsed = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+        usual_port = {"http": 80, "https": 443}.get(parsed.scheme or "")
+        if parsed.host and usual_port:
+            # The URL as `requests` will write it.
+            return parsed.url, parsed.host.strip("[]"), parsed.port or usual_port
     raise AgentError(f"the proxy that the environment names for {config.gateway} is not an HTTP"
                      " proxy: correct http_proxy, https_proxy or all_proxy, or set no_proxy")
-
-
-def split_proxy(proxy: str) -> tuple[str, int]:
-    """Host and port of a proxy, without its user and password."""
-    import urllib3.util
-    parsed = urllib3.util.parse_url(proxy)
-    return (parsed.host or "").strip("[]"), parsed.port or (443 if parsed.scheme == "https" else 80)
-
-
-def causes_of(error: BaseException) -> list[BaseException]:
-    """The error and those it was made from, the innermost last: urllib3 nests them deeply."""
-    chain: list[BaseException] = []
-    waiting = [error]
-    while waiting and len(chain) < 20:
-        each = waiting.pop(0)
-        chain.append(each)
-        inner = (getattr(each, "reason", None), each.__cause__, each.__context__, *each.args)
-        waiting += [cause for cause in inner if isinstance(cause, BaseException)]
-    return chain
 
 
 # What to do about a certificate, by OpenSSL's code, see openssl-verification-options(1).
@@ -1775,7 +1678,11 @@ CERTIFICATE_REMEDIES = (
 def explain_failure(error: BaseException, peer: str, try_next: str) -> tuple[str, str]:
     """What went wrong on the way to an answer, and the remedy."""
     import ssl
-    chain = causes_of(error)
+    if isinstance(error, AgentError):       # of ours, which says it
+        return str(error), try_next
+    chain = [error]     # and those in whose handling it was raised, the innermost last
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
 
     def among(kind: Any) -> Any:
         return next((each for each in reversed(chain) if isinstance(each, kind)), None)
@@ -1786,42 +1693,50 @@ def explain_failure(error: BaseException, peer: str, try_next: str) -> tuple[str
                        if refused.verify_code in codes), "Have it made anew")
         reason = printable(refused.verify_message.rstrip("."))
         return f"the certificate of {peer} is refused, {reason}", remedy
+    failed = among(ssl.SSLError)
+    if failed is not None:
+        return (f"no TLS with {peer}, {printable(failed.reason or failed)}",
+                "Is it the port of https, and of TLS 1.2 or newer?")
     for kind, text, remedy in (
-            (TooLarge, f"the answer of {peer} is larger than {error}", try_next),
-            (NameServerSlow, f"name server slow: no address of {peer} yet",
-             "Check /etc/resolv.conf"),
             ((socket.gaierror, UnicodeError), f"no address is known of {peer}",
              "Check the name, and /etc/resolv.conf"),
             (TimeoutError, f"no complete answer in time from {peer}", try_next),
             (ConnectionRefusedError, f"connection refused by {peer}", f"Is it up? {try_next}"),
-            (ssl.SSLError, f"no TLS 1.2 or newer at {peer}", "Is it the port of https?"),
             (MemoryError, "there is no memory left", "Free some, see `free -m`")):
         if among(kind):
             return text, remedy
-    inner = among(OSError) or chain[-1]
+    inner = chain[-1]
     return (f"the connection to {peer} broke, {type(inner).__name__}: {printable(inner)}", try_next)
+
+
+def parse_address(host: str) -> str:
+    """The IP address that a host is; "" for a name."""
+    with contextlib.suppress(OSError):
+        return host if ":" in host else socket.inet_ntoa(socket.inet_aton(host))
+    return ""
 
 
 class GatewayClient:
     """Registers and keeps alive. Whatever happens is an Outcome."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.proxy = config, find_proxy(config)
-        self.ssh = Ssh(config) if config.ssh else None
-        host, port = config.gateway_host, config.gateway_port
+        self.config, self.ssh = config, Ssh(config) if config.ssh else None
+        self.proxy, host, port = find_way(config)
         self.peer = f"{format_host(host)}:{port}"
-        if config.ssh:
-            self.peer += f" through ssh to {config.ssh}"
         if self.proxy:
-            host, port = split_proxy(self.proxy)
-            self.peer = f"the proxy {format_host(host)}:{port}"
+            self.peer = f"the proxy {self.peer}"
+        elif config.ssh:
+            self.peer += f" through ssh to {config.ssh}"
         cleartext = not (config.tls or config.allow_cleartext or config.ssh)
-        with contextlib.suppress(OSError):      # a name: it is judged when it is looked up
-            address = host if ":" in host else socket.inet_ntoa(socket.inet_aton(host))
-            if cleartext and not is_private(address):
-                raise AgentError(f"{host} is a public address, and {CLEARTEXT}. {TRY_TLS}")
-        self.http = HttpClient(config.gateway, host, port, config.ca_file, self.proxy, cleartext,
-                               self.ssh)
+        for each in (config.gateway_host, host) if cleartext else ():
+            address = parse_address(each)       # a name is judged when it is looked up
+            if address and not is_private(address):
+                raise AgentError(f"{each} is a public address, and {CLEARTEXT}. {TRY_TLS}")
+        if cleartext and self.proxy and not parse_address(config.gateway_host):
+            raise AgentError(f"{config.gateway_host}, looked up by {self.peer}, may be public, and"
+                             f" {CLEARTEXT}. {TRY_TLS}, or name it in no_proxy")
+        self.http = HttpClient(config.gateway, host, port, config.redactor, config.ca_file,
+                               self.proxy, cleartext, self.ssh)
 
     def explain(self, error: Exception) -> Outcome:
         """What a request without an answer means. ssh's own last line tells most."""
@@ -1830,31 +1745,26 @@ class GatewayClient:
         text, remedy = explain_failure(error, self.peer, TRY_HEALTH.format(config=self.config))
         said = self.config.redactor.redact(self.ssh.said).strip() if self.ssh else ""
         if said:
-            text = f"ssh to {self.config.ssh} says: {printable('; '.join(said.splitlines()[-2:]))}"
+            text += f"; ssh says: {printable('; '.join(said.splitlines()[-2:]))}"
             remedy = (f"As this user `ssh {self.config.ssh}` must work without a question, and the"
                       " gateway be reached from there")
         return Outcome(Kind.TROUBLE, text, remedy)
 
-    def ask(self, method: str, path: str, body: str | None, seconds: float, limit: int) -> Answer:
-        """A request to the machine API with the token. Raises as `HttpClient.exchange`."""
-        if self.ssh is not None and not self.ssh.is_up():
-            seconds = max(seconds, SSH_DEADLINE)
-        # Without Content-Type the gateway says 400.
-        headers = {"Authorization": f"Bearer {self.config.token.reveal()}",
-                   "Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return redact_answer(self.http.exchange(
-            method, f"/api/v1{path}", headers, body, seconds, limit), self.config.redactor)
+    def ask(self, path: str, body: str | None, until: float, limit: int = CONFIG_LIMIT) -> Answer:
+        """A request to the machine API with the token. Raises as `HttpClient.ask`."""
+        return self.http.ask(f"/api/v1{path}", self.config.token, body, until, limit)
 
     def send(self, call: str, payload: Mapping[str, Any], seconds: float) -> Outcome:
-        """Sends a register or keepalive, within `seconds`."""
+        """Sends a register or keepalive, within `seconds`; a new ssh is given time of its own."""
         text = json.dumps(payload, separators=(",", ":"), default=Secret.reveal)
         LOG.debug("> POST %s/api/v1/machine/%s %s", self.config.gateway, call, text)
         start, limit = read_clock(), CONFIG_LIMIT if call == REGISTER else ANSWER_LIMIT
+        if self.ssh is not None and not self.http.is_connected():
+            seconds = max(seconds, SSH_DEADLINE)
         try:
-            answer = self.ask("POST", f"/machine/{call}", text, seconds, limit)
-            if LOG.isEnabledFor(logging.DEBUG):
-                LOG.debug("< %d in %.1f ms %s %s", answer.status, (read_clock() - start) * 1000,
-                          printable(answer.headers, 1000), describe_body(answer.body))
+            answer = self.ask(f"/machine/{call}", text, start + seconds, limit)
+            LOG.debug("< %d in %.1f ms %s %s", answer.status, (read_clock() - start) * 1000,
+                      printable(answer.headers, 1000), describe_body(answer.body))
             outcome = classify(call, answer, self.config, str(payload["machine_id"]))
         except Exception as error:  # of any kind: a stranger's bytes went through the libraries
             LOG.debug("< no answer", exc_info=True)
@@ -1865,18 +1775,11 @@ class GatewayClient:
         return outcome
 
     def has_lost_ssh(self) -> bool:
-        """Whether the ssh of the kept connection has ended."""
-        return self.ssh is not None and self.http.connection is not None and not self.ssh.is_up()
-
-
-def show_certificate(host: str, port: int, seconds: float) -> bytes:
-    """The certificate that a TLS server shows, which is not verified. Raises OSError."""
-    import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with socket.create_connection((host, port), seconds) as plain:
-        with context.wrap_socket(plain, server_hostname=host) as tls:
-            return tls.getpeercert(binary_form=True) or b""
+        """Whether the kept connection has ended, and with it its ssh."""
+        if self.ssh is None or self.http.connection is None:
+            return False
+        self.ssh.drain()
+        return not self.http.is_connected()
 
 
 class K3sWatch:
@@ -1885,10 +1788,10 @@ class K3sWatch:
     TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"      # no objects, so no secrets
 
     def __init__(self, config: Config, machine_id: str) -> None:
-        import ssl  # noqa: F401  # before its threads do
         self.config, url = config, urllib.parse.urlsplit(config.k3s_url)
         self.host, self.port = url.hostname or "", url.port or 443
-        self.http = HttpClient(config.k3s_url, self.host, self.port, config.k3s_ca_file)
+        self.http = HttpClient(
+            config.k3s_url, self.host, self.port, config.redactor, config.k3s_ca_file)
         self.pods = "/api/v1/namespaces/default/pods?" + urllib.parse.urlencode({
             "includeObject": "None",
             "fieldSelector": "status.phase!=Succeeded,status.phase!=Failed",
@@ -1896,20 +1799,19 @@ class K3sWatch:
         self.question = Question(self.look_now)
         self.token: Secret | None = None        # that the looks so far were made with
         self.steady, self.was_usable, self.due = Steady(), False, -math.inf
-        self.view = K3sView(f"k3s was not seen yet at {config.k3s_url}, so {NO_CPU}: {TRY_K3S}")
+        self.view = K3sView()
+        self.believe(K3sView(f"k3s was not seen yet at {config.k3s_url}, so {NO_CPU}: {TRY_K3S}"))
 
-    def ask(self, method: str, path: str, token: Secret, until: float, body: str | None = None,
+    def ask(self, path: str, body: str | None, until: float,
             accept: str = "application/json") -> Answer:
-        """A request to the API, only where its CA is known. Raises as `HttpClient.exchange`."""
+        """A request to the API, only where its CA is known. Raises as `HttpClient.ask`."""
         if not os.path.isfile(self.config.k3s_ca_file or ""):
             raise AgentError(f"its root certificate is not at {self.config.k3s_ca_file}")
-        headers = {"Authorization": f"Bearer {token.reveal()}", "Accept": accept,
-                   "Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return redact_answer(self.http.exchange(
-            method, path, headers, body, until - read_clock(), CONFIG_LIMIT), self.config.redactor)
+        return self.http.ask(path, self.config.k3s_token, body, until, accept=accept)
 
     def look_now(self) -> K3sView:
         """What is there, within HOST_DEADLINE. Whatever goes wrong is a fault."""
+        import ssl
         config, until = self.config, read_clock() + HOST_DEADLINE
         if config.k3s_token is None:
             path, remedy = config.k3s_token_file, "give --k3s-token-file, or install the service"
@@ -1919,22 +1821,22 @@ class K3sWatch:
             return K3sView(f"the k3s token is missing, so {NO_CPU}: {remedy}")
         try:
             if not config.k3s_ca_file:      # no token is sent: anybody could listen there
-                Question(lambda: show_certificate(self.host, self.port, HOST_DEADLINE)).ask(until)
+                ssl.get_server_certificate((self.host, self.port), timeout=HOST_DEADLINE)
                 return K3sView(notice="k3s was not asked whether workers can run: give"
                                " --k3s-ca-file, so that the token goes to k3s alone")
-            pods = self.ask("GET", self.pods, config.k3s_token, until, accept=self.TABLE)
+            pods = self.ask(self.pods, None, until, self.TABLE)
             workers = parse_workers(pods.body, self.view.workers or {}, read_clock())
             if pods.status != 200 or workers is None:
                 return K3sView(explain_k3s_answer(pods), token_refused=pods.status in (401, 403))
-            nodes = self.ask("GET", "/api/v1/nodes?limit=500", config.k3s_token, until)
+            nodes = self.ask("/api/v1/nodes?limit=500", None, until)
             if nodes.status not in (200, 403):
                 return K3sView(explain_k3s_answer(nodes))
-            return judge_k3s(workers, find_node(nodes.body, socket.gethostname()), read_clock())
+            view = judge_k3s(workers, find_node(nodes.body, socket.gethostname()), read_clock())
+            return view if config.hostname or view.notice else view._replace(notice=(
+                "--hostname is missing: give the host or IP by which the gateway reaches k3s here"))
         except Exception as error:  # of any kind: a stranger's bytes went through the libraries
             LOG.debug("no answer from k3s", exc_info=True)
-            place = f"{format_host(self.host)}:{self.port}"
-            text = str(error) if isinstance(error, AgentError) else explain_failure(
-                error, place, "")[0]
+            text, _ = explain_failure(error, f"{format_host(self.host)}:{self.port}", "")
             return K3sView(f"k3s cannot be used, {text}, so {NO_CPU}: {TRY_K3S}")
 
     def look(self) -> K3sView:
@@ -1950,22 +1852,25 @@ class K3sWatch:
         if now < self.due:
             return self.view
         try:
-            found: K3sView = self.question.ask_once(K3S_PATIENCE)
+            found: K3sView = self.question.poll(K3S_PATIENCE)
         except (TimeoutError, RuntimeError):    # the late answer is there at the next look
             return self.view
         self.due = now + LOOK_PERIOD
-        first_good = not (found.fault or self.was_usable)
-        self.was_usable = self.was_usable or first_good
-        if found.token_refused or first_good:
-            self.steady = Steady()
-        before = self.view.node
-        usable, node = self.steady.look((found.fault == "", found.node))
-        if usable == (found.fault == ""):
-            self.view = found._replace(node=node)
-        if config.offer_always:
-            notice = self.view.fault.replace(" and no CPU is offered", "") or self.view.notice
-            self.view = self.view._replace(fault="", notice=notice, node=self.view.node or before)
+        usable = not found.fault
+        if found.token_refused or usable and not self.was_usable:
+            self.steady = Steady()      # which believes what it is told first
+        self.was_usable = self.was_usable or usable
+        believed, node = self.steady.observe((usable, found.node))
+        if believed == usable:
+            self.believe(found._replace(node=node))
         return self.view
+
+    def believe(self, view: K3sView) -> None:
+        """Takes a view; with --offer-always a fault in it is no more than a notice."""
+        if self.config.offer_always:
+            notice = view.fault.replace(" and no CPU is offered", "") or view.notice
+            view = view._replace(fault="", notice=notice, node=view.node or self.view.node)
+        self.view = view
 
 
 # ---- 8 State on disk
@@ -2026,9 +1931,11 @@ def take_lock(folder: str) -> Any:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     file = open(os.open(f"{folder}/lock", flags, 0o644), "r+b", buffering=0)
     try:
-        if is_locked(folder):
-            time.sleep(TICK)        # by --status, perhaps, for a moment
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:     # by --status, perhaps, for a moment
+            time.sleep(TICK)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         pid = printable(file.read(20).decode(errors="replace").strip())
         raise AgentError(f"process {pid} already runs as this machine: stop it, or give another"
@@ -2077,7 +1984,8 @@ class State:
         path = f"{self.folder}/{self.machine_id}{ending}"
         self.waiting[path] = (json.dumps(record) + "\n", mode)
         try:
-            self.writer.ask_once(TICK)
+            while self.waiting:     # the first answer may be to the question before
+                self.writer.poll(TICK)
         except Exception as error:
             why = "the disk hangs" if isinstance(error, TimeoutError) else explain_error(error)
             LOG.warning("%s cannot be written, %s: keepalives go on, and it is tried again; see"
@@ -2135,7 +2043,8 @@ def open_state(config: Config) -> State:
 # ---- 9 Loop
 class Repeats(logging.Filter):
     """Of lines that say the same the 1st, 2nd, 4th, 8th, then one in QUIET seconds is written; anew
-    after as many seconds without any. Lines say the same if their format is the same.
+    after as many seconds without any. Lines say the same if their format string is the same, but
+    for numbers in it.
     """
 
     def __init__(self) -> None:
@@ -2143,7 +2052,7 @@ class Repeats(logging.Filter):
         self.seen: dict[str, tuple[int, float, float]] = {}     # count, last, last that was written
 
     def filter(self, record: logging.LogRecord) -> bool:
-        now, key = read_clock(), f"{record.levelname} {record.msg}"
+        now, key = read_clock(), re.sub("[0-9]+", "#", f"{record.levelname} {record.msg}")
         if len(self.seen) > 500:    # of texts from outside
             self.seen.clear()
         count, last, written = self.seen.get(key, (0, -math.inf, -math.inf))
@@ -2203,9 +2112,9 @@ class TokenFiles:
         return found
 
     def read_again(self) -> None:
-        """Has a new token used from now on. While a file is not good the old one is."""
+        """Uses a new token from now on; while a file is not good, the old one."""
         try:
-            found = self.question.ask_once(K3S_PATIENCE) if self.paths else {}
+            found = self.question.poll(K3S_PATIENCE) if self.paths else {}
         except (TimeoutError, RuntimeError):
             return
         for name, token in found.items():
@@ -2247,7 +2156,7 @@ class Report:
             times = f" {lease.failures} times in {format_seconds(now - lease.failing_since)}"
         passing = outcome.kind in (Kind.TROUBLE, Kind.FORGOTTEN)
         LOG.log(logging.WARNING if passing else logging.ERROR, "%s failed%s, %s; trying again in"
-                " %.1f s. %s", call, times, outcome.text, lease.due - now, outcome.remedy)
+                " %.1f s. %s", call, times, outcome.text, max(lease.due - now, 0.0), outcome.remedy)
 
     def kept_alive(self, before: Lease, lease: Lease, offer: Offer, now: float) -> None:
         """Tells of a keepalive where that changes something, else once in QUIET seconds."""
@@ -2331,7 +2240,7 @@ class Report:
             "placement": self.placement, "metrics": host.metrics._asdict(),
             "gpus": [gpu._asdict() for gpu in gpus], "lost_gpus": len(host.gpus or ()) - len(gpus),
             "k3s": self.describe_k3s(view), "history": list(self.history)}
-        clean = json.loads(config.redactor.redact(json.dumps(record)))
+        clean = as_mapping(parse_json(config.redactor.redact(json.dumps(record))))
         notify_systemd(f"STATUS={judge(clean, state == 'running', now)[1]}")
         self.state.write(".status.json", clean, 0o644)
 
@@ -2354,7 +2263,7 @@ def keep(config: Config, state: State) -> int:
     k3s = K3sWatch(config, state.machine_id)
     report = Report(config, state, gateway.peer if gateway.proxy else "")
     lease, private_ip = Lease(due=report.started_at), find_private_ip()
-    offer, promise = Offer(0, 0, 0), Promise(state.promised, patience=WORKER_PATIENCE)
+    offer, promise = Offer(0, 0, 0), Promise(state.promised, from_before=True)
     try:
         while not STOP.is_set():
             # What is here?
@@ -2368,15 +2277,16 @@ def keep(config: Config, state: State) -> int:
             # What should the gateway know of it?
             now = read_clock()
             sure = lease.unconfirmed is None        # of what the gateway holds
-            known = lease.registered.offer if lease.registered and sure else None
-            offer, promise, reason = plan_offer(host.capacity.value, promise, view, known, now)
+            held = lease.registered.offer if lease.registered and sure else None
+            offer, promise, reason = plan_offer(host.capacity.value, promise, view, held, now)
             wanted = Registration(offer, config.k3s_token, private_ip)
             report.looked(view, reason)
 
             # Tell it, if it is time.
-            call = next_call(lease, wanted, now)
-            due = next_due(lease, call, gateway.has_lost_ssh(), now)
-            if now >= min(due, patience_ends(lease, report.started_at, config)):
+            call, lost_ssh = next_call(lease, wanted, now), gateway.has_lost_ssh()
+            due = min(next_due(lease, call, lost_ssh, now),     # or a last call, as patience ends
+                      patience_ends(lease, report.started_at, config))
+            if now >= due:
                 if call == REGISTER:
                     state.keep_promise(offer)
                 metrics = host.metrics._replace(worker_count=count_running(view.workers))
@@ -2394,11 +2304,10 @@ def keep(config: Config, state: State) -> int:
                     return 0
             report.write("running", lease, offer, host, view)
 
-            # Wait for the next call, or the next look.
-            lost = gateway.has_lost_ssh()
-            due = next_due(lease, next_call(lease, wanted, now), lost, now)
-            STOP.wait_until(min(due, now + LOOK_PERIOD),
-                            lambda: not lost and gateway.has_lost_ssh())
+            # Wait for the next call, or the next look; after a call the next turn waits.
+            if now < due:
+                STOP.wait_until(min(due, now + LOOK_PERIOD),
+                                lambda: not lost_ssh and gateway.has_lost_ssh())
         tokens.read_again()
         leave(gateway, config, state.machine_id, lease)
         return 0
@@ -2417,18 +2326,14 @@ def start_stand_in() -> int:
     confirmation = b'{"status": "ok", "machine_state": {"ttl_seconds": 300}}'
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"       # which keeps the connection
-
         def do_POST(self) -> None:
-            size = self.headers.get("Content-Length", "")
-            self.rfile.read(int(size) if re.fullmatch("[0-9]{1,5}", size) else 0)
+            self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(200)
-            self.send_header("Content-Length", str(len(confirmation)))
             self.end_headers()
             self.wfile.write(confirmation)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            LOG.debug("stand-in gateway: %s", printable(format % args))
+        def log_message(self, *args: Any) -> None:
+            """Says nothing, as --debug has the agent say what it sends and hears."""
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     start_new_thread(server.serve_forever, ())
@@ -2436,13 +2341,21 @@ def start_stand_in() -> int:
 
 
 # ---- 11 Check and status
-def format_version() -> str:
-    """The version, and the first digits of this file's SHA-256 as `sha256sum` prints it."""
+def read_program() -> bytes:
+    """This very file. Raises AgentError where there is none."""
     try:
         with open(__file__, "rb") as file:
-            digest = hashlib.sha256(file.read()).hexdigest()[:12]
+            return file.read()
     except OSError:
-        digest = "from no file"
+        raise AgentError("this program is in no file that a script could carry: save it as one,"
+                         " then run that") from None
+
+
+def format_version() -> str:
+    """The version, and the first digits of this file's SHA-256 as `sha256sum` prints it."""
+    digest = "from no file"
+    with contextlib.suppress(AgentError):
+        digest = hashlib.sha256(read_program()).hexdigest()[:12]
     return f"beta9-agent {VERSION} ({digest})"
 
 
@@ -2453,87 +2366,68 @@ def find_in(tree: object, *keys: str) -> Any:
     return tree
 
 
-class Status(NamedTuple):
-    """A status record, and whether its agent runs. The record may be cut off, damaged or of another
-    version, so everything in it is optional.
+def find_record(config: Config) -> tuple[bool, float, dict[str, Any]]:
+    """The status record of the agent that runs, else the newest one, wherever it may be kept, {}
+    for none; before it whether that agent runs, and when the record was written.
     """
-
-    record: dict[str, Any]
-    running: bool
-    now: float
-
-    def text(self, *keys: str, limit: int = 60) -> str:
-        value = find_in(self.record, *keys)
-        return "?" if value is None else printable(value, limit)
-
-    def number(self, *keys: str) -> float | None:
-        return number_in(as_mapping(find_in(self.record, *keys[:-1])), keys[-1])
-
-    def until(self, name: str) -> float | None:
-        moment = self.number(name)
-        return None if moment is None else moment - self.now
-
-    def ago(self, name: str) -> str:
-        until = self.until(name)
-        return "?" if until is None else format_seconds(-until)
-
-    def parts(self, *keys: str) -> "list[Status]":
-        return [self._replace(record=as_mapping(each))
-                for each in as_list(find_in(self.record, *keys))]
-
-
-def read_record(path: str) -> dict[str, Any]:
-    """What a status record holds, {} where it cannot be read; no number is NaN or infinite."""
-    with contextlib.suppress(AgentError, ValueError, RecursionError):
-        found = json.dumps(parse_json(read_file(path)))
-        return as_mapping(json.loads(found, parse_constant=lambda name: None))
-    return {}
-
-
-def read_status(config: Config) -> Status:
-    """The record of the agent that runs, else the newest one, wherever it may be kept."""
     import glob
     found: list[tuple[bool, float, dict[str, Any]]] = []
     folders = {config.state_dir or "/var/lib/beta9-agent"}      # the service's, for other users too
     with contextlib.suppress(AgentError):       # of a user without a home
         folders.add(find_state_dir(config))
     for folder in folders:
-        running, holder = is_locked(folder), ""
-        found.append((running, 0.0, {}))        # it may have written no record yet
-        with contextlib.suppress(AgentError):
-            holder = read_file(f"{folder}/lock").strip()
+        found.append((is_locked(folder), 0.0, {}))      # it may have written no record yet
         for path in glob.glob(f"{glob.escape(folder)}/{config.machine_id or '*'}.status.json"):
-            record = read_record(path)
-            written_at = number_in(record, "wall_clock") or 0.0
-            found.append((running and holder == str(record.get("pid")), written_at, record))
-    running, _, record = max(found, key=lambda row: row[:2])
-    return Status(record, running, read_clock())
+            with contextlib.suppress(AgentError):
+                record = as_mapping(parse_json(read_file(path)))
+                if record.get("format") == 2:       # else it is damaged, or of another version
+                    running = (is_locked(folder)
+                               and read_file(f"{folder}/lock").strip() == str(record["pid"]))
+                    found.append((running, record["wall_clock"], record))
+    return max(found, key=lambda row: row[:2])
 
 
-def draw_history(status: Status, title: str, name: str, unit: str, top: float) -> str:
+def read_status(config: Config) -> dict[str, Any]:
+    """What --json prints: the record, with the verdict and the time. Raises AgentError."""
+    try:
+        running, _, record = Question(lambda: find_record(config)).ask(
+            read_clock() + HOST_DEADLINE)
+    except TimeoutError:
+        raise AgentError("the state folder hangs: is its server away? See `df`", 1) from None
+    now = read_clock()
+    code, headline = judge(record, running, now)
+    return {**record, "exit_code": code, "summary": headline, "now": now}
+
+
+def format_span(begin: float | None, end: float | None) -> str:
+    return "?" if begin is None or end is None else format_seconds(end - begin)
+
+
+def draw_history(status: Mapping[str, Any], title: str, name: str, unit: str, top: float) -> str:
     """A sign for each of the last 60 keepalives, from 0 to `top` or more; the last as a number."""
-    values = [entry.number(name) for entry in status.parts("history")[-60:]] or [None]
+    values = [entry[name] for entry in status["history"]] or [None]
     top = max(top, *(value or 0.0 for value in values))
-    signs = "".join(" " if value is None else "▁▂▃▄▅▆▇█"[round(max(value, 0.0) / top * 7)]
+    signs = "".join(" " if value is None else "▁▂▃▄▅▆▇█"[round(value / top * 7)]
                     for value in values)
     return f"{title:<11}{signs:<60} " + ("?" if values[-1] is None else f"{values[-1]:.0f} {unit}")
 
 
-def draw_running(status: Status, room: int) -> list[str]:
+def draw_running(status: Mapping[str, Any], room: int) -> list[str]:
     """What is known of an agent that runs, in at most `room` lines."""
-    text, until = status.text, status.until
-    offer = Offer(*(int(status.number("offer", name) or 0) for name in Offer._fields))
-    busy = [gpu.record.get("free") for gpu in status.parts("gpus")].count(False)
+    now, k3s = status["now"], status["k3s"]
+    busy = [gpu["free"] for gpu in status["gpus"]].count(False)
+    count = "?" if k3s["worker_count"] is None else k3s["worker_count"]
     lines = [
-        f"agent      {text('agent_version', limit=20)}, pid {text('pid', limit=12)}, started"
-        f" {status.ago('started_at')} ago",
-        f"keepalive  last {status.ago('last_keepalive_at')} ago, next in"
-        f" {format_seconds(until('next_attempt_at'))}, lease ends in"
-        f" {format_seconds(until('lease_ends_at'))}",
-        f"offers     {format_offer(offer)}, {busy} in use, {text('lost_gpus', limit=5)} lost",
-        f"k3s        {text('k3s', 'state')}, workers: {text('k3s', 'worker_count', limit=12)}"]
-    lines += [f"  {worker.text('name', limit=45):<45} {worker.ago('since'):>8}"
-              f"  {worker.text('status')}" for worker in status.parts("k3s", "workers")]
+        f"agent      {status['agent_version']}, pid {status['pid']}, started"
+        f" {format_span(status['started_at'], now)} ago",
+        f"keepalive  last {format_span(status['last_keepalive_at'], now)} ago, next in"
+        f" {format_span(now, status['next_attempt_at'])}, lease ends in"
+        f" {format_span(now, status['lease_ends_at'])}",
+        f"offers     {format_offer(Offer(**status['offer']))}, {busy} in use,"
+        f" {status['lost_gpus']} lost",
+        f"k3s        {k3s['state']}, workers: {count}"]
+    lines += [f"  {worker['name']:<45.45} {format_span(worker['since'], now):>8}"
+              f"  {worker['status']}" for worker in k3s["workers"]]
     if len(lines) > room - 4:
         lines[room - 5:] = ["  more: `kubectl get pods`"]
     return [*lines, "", draw_history(status, "CPU", "cpu", "%", 100.0),
@@ -2541,105 +2435,105 @@ def draw_running(status: Status, room: int) -> list[str]:
             draw_history(status, "round trip", "ms", "ms", 1.0)]
 
 
-def draw_stopped(status: Status) -> list[str]:
-    ago, why = time.time() - (status.number("wall_clock") or 0.0), "without a word: see its log"
-    if status.record.get("state") == "stopped":
-        why = status.record.get("stopped_why") or "as it was asked to"
-    return [f"stopped    {format_seconds(ago)} ago, {why}"]
-
-
-def draw_status(status: Status, headline: str) -> list[str]:
+def draw_status(status: Mapping[str, Any]) -> list[str]:
     """The status on a screen of 80 columns and 24 lines."""
     import textwrap
-    text, shown = status.text, [headline]
-    for note in (text("warning", limit=300), text("k3s", "notice", limit=300)):
-        if status.running and note not in ("", "?") and note not in headline:
-            shown.append(f"! {note}")
-    lines = [line for each in shown for line in textwrap.wrap(each, 79)][:6]
-    if not status.record:
-        return [*lines, "No record can be read: start an agent, or give its --state-dir"]
-    way = status.record.get("proxy") or status.record.get("ssh")
-    lines += ["", f"machine    {text('machine_id')}, pool {text('pool_name', limit=25)}, provider"
-              f" {text('provider_name', limit=25)}",
-              f"gateway    {text('gateway')}" + (f" through {printable(way, 60)}" if way else "")]
-    lines += draw_running(status, 23 - len(lines)) if status.running else draw_stopped(status)
+    headline, running = status["summary"], status["exit_code"] != 3
+    if "format" not in status:
+        return [headline, "No record can be read: start an agent, or give its --state-dir"]
+    notes = [f"! {note}" for note in (status["warning"], status["k3s"]["notice"])
+             if running and note not in headline]
+    lines = [line for each in [headline, *notes] for line in textwrap.wrap(each, 79)][:6]
+    way = status["proxy"] or status["ssh"]
+    lines += ["", f"machine    {status['machine_id']}, pool {status['pool_name']}, provider"
+              f" {status['provider_name']}",
+              f"gateway    {status['gateway']}" + (f" through {way}" if way else "")]
+    if running:
+        lines += draw_running(status, 23 - len(lines))
+    else:
+        why = status["stopped_why"] or "as it was asked to; for a start since then see its log"
+        if status["state"] != "stopped":
+            why = "without a word: see its log"
+        lines.append(f"stopped    {format_span(status['wall_clock'], time.time())} ago, {why}")
     return [printable(line, 79) for line in lines]
 
 
-def quote(text: str) -> str:
-    """A label's value for Prometheus, which quotes printable text as JSON does."""
-    return json.dumps(text, ensure_ascii=False)
+def label(name: str, value: str) -> str:
+    """A label for Prometheus, which quotes printable text as JSON does."""
+    return f"{name}={json.dumps(printable(value), ensure_ascii=False)}"
 
 
-def measure(status: Status, code: int) -> dict[str, Any]:
+def measure(status: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics; a mapping holds a value for each label; None is unknown. Of an agent that does
     not run only that is told.
     """
-    number, left = status.number, status.until("lease_ends_at")
-    age, cpu = status.until("last_keepalive_at"), number("offer", "cpu")
-    trips = status.parts("history")
-    trip = trips[-1].number("ms") if trips else None
-    states = [worker.text("status") for worker in status.parts("k3s", "workers")]
-    workers = {f"state={quote(state)}": states.count(state) for state in ["Running", *states]}
-    ready = status.running and number("ready_since") is not None and (left or 0.0) > 0
-    always = {"up": status.running, "ready": ready, "takes_work": code == 0}
-    return always if not status.running else {
-        **always, "info": {f"version={quote(status.text('agent_version'))}": 1},
-        "last_keepalive_seconds": None if age is None else -age, "lease_left_seconds": left,
-        "round_trip_seconds": None if trip is None else trip / 1000,
-        "keepalives_total": number("kept_alive"), "failures_total": number("failed"),
-        "registrations_total": number("registered"), "lost_gpus": number("lost_gpus"),
-        "offered_cpu_cores": None if cpu is None else cpu / 1000,
-        "offered_memory_mebibytes": number("offer", "memory"),
-        "offered_gpus": number("offer", "gpu_count"),
-        "free_gpus": number("metrics", "free_gpu_count"),
-        "workers": None if number("k3s", "worker_count") is None else workers,
-        "k3s_usable": {"usable": 1, "unusable": 0}.get(status.text("k3s", "state")),
-        "k3s_token_expiry_timestamp_seconds": number("k3s", "token_valid_until")}
+    code, now = status["exit_code"], status["now"]
+    metrics = {"up": code != 3, "ready": False, "takes_work": code == 0}
+    if code == 3 or "format" not in status:
+        return metrics
+    kept, end, k3s = status["last_keepalive_at"], status["lease_ends_at"], status["k3s"]
+    states = [worker["status"] for worker in k3s["workers"]]
+    workers = {label("state", state): states.count(state) for state in ["Running", *states]}
+    return {
+        **metrics, "ready": kept is not None and end is not None and end > now,
+        "info": {label("version", status["agent_version"]): 1},
+        "last_keepalive_seconds": None if kept is None else now - kept,
+        "lease_left_seconds": None if end is None else end - now,
+        "round_trip_seconds": status["history"][-1]["ms"] / 1000 if status["history"] else None,
+        "keepalives_total": status["kept_alive"], "failures_total": status["failed"],
+        "registrations_total": status["registered"], "lost_gpus": status["lost_gpus"],
+        "offered_cpu_cores": status["offer"]["cpu"] / 1000,
+        "offered_memory_mebibytes": status["offer"]["memory"],
+        "offered_gpus": status["offer"]["gpu_count"],
+        "free_gpus": status["metrics"]["free_gpu_count"],
+        "workers": None if k3s["worker_count"] is None else workers,
+        "k3s_usable": {"usable": 1, "unusable": 0}.get(k3s["state"]),
+        "k3s_token_expiry_timestamp_seconds": k3s["token_valid_until"]}
 
 
-def format_prometheus(status: Status, code: int) -> str:
+def format_prometheus(status: Mapping[str, Any]) -> str:
     """The status in Prometheus' text format. Source: its page "exposition formats"."""
-    labels: list[str] = []
-    lines: list[str] = []
-    if status.record:
-        labels = [f"machine_id={quote(status.text('machine_id'))}",
-                  f"pool={quote(status.text('pool_name'))}"]
-    for name, found in measure(status, code).items():
+    lines = []
+    machine = [label("machine_id", status.get("machine_id", "?")),
+               label("pool", status.get("pool_name", "?"))]
+    for name, found in measure(status).items():
         if found is None:
             continue
         kind = "counter" if name.endswith("_total") else "gauge"
         lines += [f"# HELP beta9_agent_{name} {name.replace('_', ' ')}",
                   f"# TYPE beta9_agent_{name} {kind}"]
-        for label, value in found.items() if isinstance(found, dict) else [("", found)]:
-            shown = ",".join([*labels, label] if label else labels)
-            lines.append(f"beta9_agent_{name}{{{shown}}} {float(value):.15g}")
+        for own, value in found.items() if isinstance(found, dict) else [("", found)]:
+            labels = ",".join([*machine, own] if own else machine)
+            lines.append(f"beta9_agent_{name}{{{labels}}} {float(value):.15g}")
     return "\n".join(lines)
 
 
 def show_status(config: Config) -> int:
-    try:
-        status = Question(lambda: read_status(config)).ask(read_clock() + HOST_DEADLINE)
-    except TimeoutError:
-        raise AgentError("the state folder hangs: is its server away? See `df`", 1) from None
-    code, headline = judge(status.record, status.running, status.now)
+    status = read_status(config)
     if config.json:
-        print(json.dumps({**status.record, "exit_code": code, "summary": headline,
-                          "now": status.now}))
+        print(json.dumps(status))
     elif config.prometheus:
-        print(format_prometheus(status, code))
+        print(format_prometheus(status))
     else:
-        print("\n".join(draw_status(status, headline)))
-    return code
+        print("\n".join(draw_status(status)))
+    return int(status["exit_code"])
 
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 Findings = Iterator[tuple[str, str]]    # a mark of these, and words for people with the remedy
 
 
-def explain_missing(error: ModuleNotFoundError) -> str:
-    command = how_to_install("requests", "psutil", "nvidia-ml-py", "pyyaml")
-    return f"the Python package {error.name} is missing: {command}, then start again"
+def explain_exception(error: Exception) -> str:
+    """What ends the program, or a check, with the remedy."""
+    if isinstance(error, AgentError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"the Python package {error.name} is missing: {how_to_install()}, then start again"
+    if isinstance(error, TimeoutError):
+        return "no end in time: see what hangs here, by `dmesg` and `df`"
+    if isinstance(error, OSError):
+        return f"{explain_error(error)}: mend that, and start it again"
+    return f"unexpected {type(error).__name__}: report it with its traceback (--debug shows it)"
 
 
 class Bench:
@@ -2649,32 +2543,30 @@ class Bench:
         self.config, self.until = config, read_clock() + 9.0     # for the check under way
 
     def look(self) -> None:
-        """Looks at the machine and its k3s, one after the other: two threads that import one module
-        for the first time at once can both fail.
-        """
+        """Looks at the machine and its k3s. Raises AgentError, ModuleNotFoundError."""
+        self.status = read_status(self.config)
         self.client, self.host = GatewayClient(self.config), Host(self.config)
-        self.k3s = K3sWatch(self.config, self.config.machine_id or read_machine_id(
-            find_state_dir(self.config)) or "")
+        self.k3s = K3sWatch(self.config, self.config.machine_id
+                            or self.status.get("machine_id", ""))
+        self.k3s.question.start()       # at once with the machine, where both can hang
         self.host.sample()
-        self.view = self.k3s.look_now()
+        self.view = self.k3s.question.ask(self.until)
         self.offer, self.shortage = fit_to_node(self.host.capacity.value, self.view)
 
-    def ask(self, path: str, status: int, kind: type, body: str | None = None) -> Any:
-        """The JSON that the gateway answers. Raises AgentError for another status or kind."""
-        call, method = path.rpartition("/")[2].partition("?")[0], "POST" if body else "GET"
+    def ask(self, path: str, status: int = 200, body: str | None = None) -> Any:
+        """The JSON that the gateway answers. Raises AgentError for another status."""
+        call = KEEPALIVE if body else path
         try:
-            # In a question of its own, as the first request through ssh takes its own time.
-            answer = Question(lambda: self.client.ask(
-                method, path, body, self.until - read_clock(), CONFIG_LIMIT)).ask(self.until)
+            answer = self.client.ask(path, body, self.until)
             said = parse_json(answer.body)
-            if answer.status == status and isinstance(said, kind):
+            if answer.status == status and isinstance(said, (dict, list)):
                 return said
             if as_mapping(said).get("message") == "Unable to create remote config":
                 return {"config": None}
-            outcome = classify(call, answer, self.config, "")
+            outcome = explain_answer(call, answer, self.config)
         except Exception as error:  # of any kind: a stranger's bytes went through the libraries
             outcome = self.client.explain(error)
-        raise AgentError(f"{outcome.text or 'the answer is an unexpected one'}. {outcome.remedy}")
+        raise AgentError(f"{outcome.text}. {outcome.remedy}")
 
 
 def check_settings(bench: Bench) -> Findings:
@@ -2682,19 +2574,19 @@ def check_settings(bench: Bench) -> Findings:
     for problem in bench.config.problems:
         yield FAIL, problem
     if not bench.config.problems:
-        bench.look()    # raises where a package is missing, or proxy or ssh will not do
+        bench.look()
 
 
 def check_gateway(bench: Bench) -> Findings:
     start = read_clock()
-    bench.ask("/health", 200, dict)
+    bench.ask("/health")
     yield OK, f"{bench.client.peer} answers in {(read_clock() - start) * 1000:.0f} ms"
     query = urllib.parse.urlencode({"pool_name": bench.config.pool_name,
                                     "provider_name": bench.config.provider_name})
-    machines = bench.ask(f"/machine/list?{query}", 200, list)
+    machines = as_list(bench.ask(f"/machine/list?{query}"))
     yield OK, f"the token is accepted; ready machines of this pool: {len(machines)}"
     # The gateway refuses a keepalive of no machine with 400, and changes nothing.
-    bench.ask("/machine/keepalive", 400, object, "{}")
+    bench.ask("/machine/keepalive", 400, "{}")
     yield OK, "it has a keepalive route"
 
 
@@ -2704,30 +2596,22 @@ PLACES = (("database.redis.addrs", 6379), ("gateway_service.grpc.external_host",
           ("worker.image_registry", 443))
 
 
-def list_addresses(settings: object) -> list[tuple[str, str, int]]:
-    """The setting, host and port of each place."""
-    found = []
-    for name, usual_port in PLACES:
-        value = find_in(settings, *name.split("."))
+def check_places(settings: object, until: float) -> Findings:
+    """Connects to each place that workers need, all at once, and says nothing there."""
+    questions = {}
+    for setting, usual_port in PLACES:
+        value = find_in(settings, *setting.split("."))
         for each in as_list(value)[:8] or [value]:
-            url = str(each) if "://" in str(each) else f"//{each}"
             with contextlib.suppress(ValueError):
-                parsed = urllib.parse.urlsplit(url)
-                port = parsed.port or (80 if parsed.scheme == "http" else usual_port)
+                url = urllib.parse.urlsplit(str(each) if "://" in str(each) else f"//{each}")
+                port = url.port or (80 if url.scheme == "http" else usual_port)
                 port = port or find_in(settings, "gateway_service", "grpc", "external_port")
-                if parsed.hostname and parsed.hostname.lower() != "none" and type(port) is int:
-                    found.append((name, parsed.hostname, port))
-    return found
-
-
-def probe(addresses: list[tuple[str, str, int]], until: float) -> Findings:
-    """Connects to each, all at once, and says nothing there."""
-    questions = [Question(functools.partial(socket.create_connection, (host, port), 3.0))
-                 for _, host, port in addresses]
-    for question in questions:
-        question.start()
-    for question, (setting, host, port) in zip(questions, addresses):
-        place = printable(f"{host}:{port}")
+                if url.hostname not in (None, "none"):
+                    question = Question(functools.partial(
+                        socket.create_connection, (url.hostname, port), 3.0))
+                    question.start()
+                    questions[setting, printable(f"{url.hostname}:{port}")] = question
+    for (setting, place), question in questions.items():
         try:
             question.ask(until).close()
             yield OK, f"{place} can be reached ({setting})"
@@ -2739,63 +2623,58 @@ def probe(addresses: list[tuple[str, str, int]], until: float) -> Findings:
 def check_pool(bench: Bench) -> Findings:
     """The pool in the gateway's configuration, and each address there that workers need."""
     config, offer = bench.config, bench.offer
-    fields = bench.ask("/machine/config", 200, dict)
-    settings, name = fields.setdefault("config", None), config.pool_name
+    fields, name = as_mapping(bench.ask("/machine/config")), config.pool_name
+    settings = fields.setdefault("config", None)
     pool = find_in(settings, "worker", "pools", name)
     cpu, memory = (find_in(pool, "pool_sizing", f"default_worker_{each}")
                    for each in ("cpu", "memory"))
     fault = explain_placement(fields, config)
-    if not fault and pool is None:
-        fault = f"the gateway has no pool {name}: check --pool-name"
-    elif not fault and ((parse_quantity(cpu) or 0) * 1000 > offer.cpu
-                        or (parse_quantity(memory) or 0) > offer.memory * 2 ** 20):
-        fault = (f"a worker of this pool needs {printable(cpu, 20)} CPU and"
-                 f" {printable(memory, 20)} memory, and {format_offer(offer)} are offered here:"
-                 " raise --max-cpu or --max-memory, or lower the pool's pool_sizing on the gateway")
-    yield (FAIL, fault) if fault else (OK, f"{name} takes machines such as this one")
-    yield from probe(list_addresses(settings), bench.until)
-
-
-# What the gateway does in k3s: verb, resource, API group. Source: gateway-api.
-NEEDED_RULES = (("list", "jobs", "batch"), ("create", "jobs", "batch"),
-                ("delete", "jobs", "batch"), ("list", "pods", ""))
+    if fault:
+        yield FAIL, fault
+    elif pool is None:
+        yield FAIL, f"the gateway has no pool {name}: check --pool-name"
+    elif ((parse_quantity(cpu) or 0) * 1000 > offer.cpu
+          or (parse_quantity(memory) or 0) > offer.memory * 2 ** 20):
+        yield FAIL, (
+            f"a worker of this pool needs {printable(cpu, 20)} CPU and {printable(memory, 20)}"
+            f" memory, and {format_offer(offer)} are offered here: raise --max-cpu or --max-memory,"
+            " or lower the pool's pool_sizing on the gateway")
+    else:
+        yield OK, f"{name} takes machines such as this one"
+    yield from check_places(settings, bench.until)
 
 
 def check_rules(bench: Bench) -> Findings:
-    """Whether the k3s token may do there what the gateway does."""
+    """Whether the k3s token may do with jobs what the gateway does. It has listed the pods."""
     answer = bench.k3s.ask(
-        "POST", "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", bench.config.k3s_token,
-        bench.until, json.dumps({"apiVersion": "authorization.k8s.io/v1", "spec": {
-            "namespace": "default"}, "kind": "SelfSubjectRulesReview"}))
-    status = find_in(parse_json(answer.body), "status")
-    allowed = [[as_list(find_in(rule, key)) for key in ("verbs", "resources", "apiGroups")]
-               for rule in as_list(find_in(status, "resourceRules"))
-               if not find_in(rule, "resourceNames")]
-    missing = [f"{needed[0]} {needed[1]}" for needed in NEEDED_RULES if not any(
-        all(word in words or "*" in words for word, words in zip(needed, rule))
-        for rule in allowed)]
-    if answer.status != 201 or find_in(status, "incomplete"):
-        yield WARN, "not all is told that the token may do: see `kubectl auth can-i --list`"
-    elif missing:
-        yield FAIL, f"the k3s token may not {', '.join(missing)}: {TRY_ACCOUNT}"
-    else:
-        yield OK, "the token may do all that the gateway does there"
+        "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", json.dumps({
+            "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview",
+            "spec": {"namespace": "default"}}), bench.until)
+    if answer.status != 201:
+        raise AgentError(explain_k3s_answer(answer))
+    allowed = {verb for rule in as_list(find_in(parse_json(answer.body), "status", "resourceRules"))
+               if {"jobs", "*"} & set(as_list(find_in(rule, "resources")))
+               for verb in as_list(find_in(rule, "verbs"))}
+    missing = [f"{verb} jobs" for verb in ("list", "create", "delete")
+               if not {verb, "*"} & allowed]
+    yield (FAIL, f"the k3s token may not {', '.join(missing)}: {TRY_ACCOUNT}") if missing else (
+        OK, "the token may do all that the gateway does there")
 
 
 def check_hostname(bench: Bench) -> Findings:
     """Whether the gateway's way to k3s leads to this machine, by the certificate there."""
+    import ssl
     config, k3s = bench.config, bench.k3s
     place = f"{format_host(config.hostname)}:6443"
     try:
         here, there = (
-            Question(functools.partial(show_certificate, host, port, 2.0)).ask(bench.until)
-            for host, port in ((k3s.host, k3s.port), (config.hostname, 6443)))
+            Question(functools.partial(ssl.get_server_certificate, each, timeout=2.0)).ask(
+                bench.until) for each in ((k3s.host, k3s.port), (config.hostname, 6443)))
+        yield (OK, f"{place} leads here") if here == there else (
+            FAIL, f"{place} shows another certificate than {config.k3s_url}, so another machine"
+            " would get the k3s token: correct --hostname")
     except (OSError, UnicodeError) as error:
         yield WARN, f"{place} cannot be reached, {explain_error(error)}: check --hostname"
-        return
-    yield (OK, f"{place} leads here") if here == there else (
-        FAIL, f"{place} shows another certificate than {config.k3s_url}, so another machine would"
-        " get the k3s token: correct --hostname")
 
 
 def check_k3s(bench: Bench) -> Findings:
@@ -2833,13 +2712,10 @@ def check_gpus(bench: Bench) -> Findings:
             yield OK, f"{index}: {gpu.name}, {'free' if gpu.free else 'in use'}"
     if gpus and not os.path.exists(runtime):
         yield WARN, f"{runtime} is missing: install NVIDIA's container toolkit, and restart k3s"
-    if gpus:
-        return
-    try:
-        remedy = "`modprobe nvidia`, and see `dmesg`" if load_nvml() else ""
-    except ImportError:
-        remedy = how_to_install("nvidia-ml-py")
-    yield (FAIL, f"a driver is here, but 0 GPUs are offered: {remedy}") if remedy else (OK, "none")
+    for text in TOLD:       # when the driver was asked
+        yield (WARN if gpus else FAIL), text
+    if not gpus and not TOLD:
+        yield OK, "none"
 
 
 def find_parent(path: str) -> str:
@@ -2851,7 +2727,7 @@ def find_parent(path: str) -> str:
 
 def check_machine(bench: Bench) -> Findings:
     private_ip, images = find_private_ip(), "/var/lib/rancher/k3s"
-    yield OK, f"{format_offer(bench.offer)}, private IP {private_ip or 'unknown'}"
+    yield OK, format_offer(bench.offer) + (f", private IP {private_ip}" if private_ip else "")
     if not os.path.exists("/dev/fuse"):
         yield FAIL, "/dev/fuse is missing, which workers need: `modprobe fuse`"
     if "." not in private_ip:
@@ -2866,60 +2742,41 @@ def check_machine(bench: Bench) -> Findings:
             sock.bind(("", 9090))
     except OSError:
         yield WARN, "port 9090, which a worker needs, is taken: if by no worker, stop what has it"
-    folder, status = find_state_dir(bench.config), read_status(bench.config)
+    folder, status = find_state_dir(bench.config), bench.status
     if not os.access(find_parent(folder), os.W_OK):
         yield FAIL, f"this user cannot write {folder}: let it, or give another --state-dir"
-    if status.running:
-        code, headline = judge(status.record, True, status.now)
-        yield WARN if code else OK, f"an agent runs here: {headline}"
+    if status["exit_code"] != 3:
+        yield WARN if status["exit_code"] else OK, f"an agent runs here: {status['summary']}"
 
 
-# Each check, and those that must have gone well before.
-CHECKS: list[tuple[str, set[str], Callable[[Bench], Findings]]] = [
-    ("settings", set(), check_settings), ("gateway", {"settings"}, check_gateway),
-    ("pool", {"settings", "gateway"}, check_pool), ("k3s", {"settings"}, check_k3s),
-    ("GPUs", {"settings"}, check_gpus), ("machine", {"settings"}, check_machine)]
-Finding = tuple[str, str, str]          # the check's name, and one of its findings
+# Each check, and the one that must have gone well before.
+CHECKS: list[tuple[str, str, Callable[[Bench], Findings]]] = [
+    ("settings", "", check_settings), ("gateway", "settings", check_gateway),
+    ("pool", "gateway", check_pool), ("k3s", "settings", check_k3s),
+    ("GPUs", "settings", check_gpus), ("machine", "settings", check_machine)]
 
 
-def run_check(name: str, check: Callable[[Bench], Findings], bench: Bench) -> list[Finding]:
-    """What a check finds until it fails, or hangs."""
-    found: list[Finding] = []
-
-    def run() -> None:
-        for mark, text in check(bench):
-            found.append((name, mark, text))
-
-    try:
-        Question(run).ask(bench.until + 0.5)
-    except AgentError as error:
-        found.append((name, FAIL, str(error)))
-    except ModuleNotFoundError as error:
-        found.append((name, FAIL, explain_missing(error)))
-    except TimeoutError:
-        found.append((name, FAIL, "no end in time: the lines above may say what hangs"))
-    except Exception as error:      # of any kind: the other checks go on
-        found.append((name, FAIL, f"cannot be checked, {printable(repr(error))}"))
-    return list(found)
-
-
-def find_all(config: Config) -> list[Finding]:
-    """What all checks find, one after another."""
-    bench = Bench(config)
-    found: list[Finding] = []
-    failed: set[str] = set()
-    try:
-        for name, needed, check in CHECKS:
-            if needed & failed:
-                found.append((name, WARN, f"not checked: mend {min(needed & failed)} first"))
-            else:
-                found += run_check(name, check, bench)
-            failed = {each for each, mark, _ in found if mark == FAIL}
-            bench.until += 1.0
-        return found
-    finally:
-        with contextlib.suppress(Exception):    # it may not be there, or be under way
-            bench.client.http.close()
+def find_all(bench: Bench) -> Iterator[tuple[str, str, str]]:
+    """What all checks find, one after another, each until something ends it, or hangs."""
+    failed = set()      # and what was not checked: a check that is skipped only warns
+    for name, needed, check in CHECKS:
+        skipped = iter([(WARN, f"not checked: mend {needed} first")])
+        findings = skipped if needed in failed else check(bench)
+        question = Question(functools.partial(next, findings, None))
+        try:
+            found = question.ask(bench.until + 0.5)
+            while found is not None:
+                yield (name, *found)
+                if found[0] != OK:
+                    failed.add(name)
+                found = question.ask(bench.until + 0.5)
+        except Exception as error:      # of any kind: the other checks go on
+            LOG.debug("where", exc_info=True)
+            failed.add(name)
+            yield name, FAIL, explain_exception(error)
+        bench.until += 1.0
+    with contextlib.suppress(Exception):    # it may not be there, or be under way
+        bench.client.http.close()
 
 
 def show_check(config: Config) -> int:
@@ -2928,19 +2785,20 @@ def show_check(config: Config) -> int:
     STOP.patience = 0.0
     if not config.debug:
         logging.disable(logging.WARNING)        # what is wrong stands in the findings
-    found = [(name, mark, config.redactor.redact(text)) for name, mark, text in find_all(config)]
+    found = [{"check": name, "result": mark, "text": config.redactor.redact(text)}
+             for name, mark, text in find_all(Bench(config))]
     if STOP.is_set():
         raise AgentError("interrupted: nothing was changed", 1)
-    faults = [mark for _, mark, _ in found].count(FAIL)
+    faults = [each["result"] for each in found].count(FAIL)
     if config.json:
-        print(json.dumps({"ok": not faults, "findings": [
-            {"check": name, "result": mark, "text": text} for name, mark, text in found]}))
-        return 1 if faults else 0
-    signs = {OK: "✓", WARN: "!", FAIL: "✗"}
-    for name, mark, text in found:
-        print(textwrap.fill(f"{signs[mark]} {name:<9} {text}", 79, subsequent_indent=" " * 12,
-                            break_long_words=False, break_on_hyphens=False))
-    print(f"\n{faults} to mend before work can run here" if faults else "\nwork can run here")
+        print(json.dumps({"ok": not faults, "findings": found}))
+    else:
+        signs = {OK: "✓", WARN: "!", FAIL: "✗"}
+        for each in found:
+            line = f"{signs[each['result']]} {each['check']:<9} {each['text']}"
+            print(textwrap.fill(line, 79, subsequent_indent=" " * 12, break_long_words=False,
+                                break_on_hyphens=False))
+        print("\n" + (f"{faults} to mend before work" if faults else "work") + " can run here")
     return 1 if faults else 0
 
 
@@ -2955,8 +2813,7 @@ def show_dry_run(config: Config) -> None:
     machine_id = (config.machine_id or read_machine_id(find_state_dir(config))
                   or "new at the first start")
     wanted = Registration(host.capacity.value, config.k3s_token, find_private_ip())
-    print(f"\nconnects to {client.peer}; where k3s gives no reason not to,"
-          " registers")
+    print(f"\nsends this to {client.peer}, where k3s gives no reason to offer less:")
     for call, payload in ((REGISTER, register_payload(config, machine_id, wanted)),
                           (KEEPALIVE, keepalive_payload(config, machine_id, host.metrics))):
         text = json.dumps(payload, indent=2, default=repr)
@@ -2966,28 +2823,18 @@ def show_dry_run(config: Config) -> None:
 # ---- 12 Install
 # Of both scripts. All of each is one function that its last line calls, in one pair of braces: a
 # pipe that breaks off anywhere runs nothing, not even half a word.
-BEGIN = r"""# shellcheck disable=SC2086,SC2317,SC2329  # words are split on purpose; traps call
+BEGIN = r"""# shellcheck disable=SC2034,SC2086,SC2317,SC2329  # words split on purpose; traps call
 { main() {
-set -eu +a
+set -eu
 umask 022
 unset KUBECONFIG K3S_URL K3S_TOKEN # of another cluster, perhaps
 export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 opt=/opt/beta9-agent etc=/etc/beta9-agent state=/var/lib/beta9-agent user=beta9-agent
-new=$opt.new wrapper=/usr/local/bin/beta9-agent units=/etc/systemd/system
+wrapper=/usr/local/bin/beta9-agent units=/etc/systemd/system k3s=/run/beta9-k3s
 manifest=/var/lib/rancher/k3s/server/manifests/beta9-agent.yaml # k3s itself applies it
-k3s_files="$units/beta9-k3s-token.service $units/beta9-k3s-token.timer $manifest"
-account=/root/beta9-k3s-account.yaml failure=1
-say() { printf 'beta9-agent: %s\n' "$1" >&3; }
-fail() { printf 'beta9-agent: %s\n' "$1" >&4; exit $failure; }
-leave_k3s() { # takes the account in it away, which revokes its tokens
-    systemctl -q disable --now beta9-k3s-token.timer beta9-k3s-token.service 2>/dev/null || :
-    [ ! -e $manifest ] || mv $manifest $account
-    rm -rf $k3s_files /run/beta9-k3s
-    [ -e $account ] || return 0
-    ! command -v k3s >/dev/null ||
-        k3s kubectl delete --ignore-not-found --request-timeout=10s -f $account || return 1
-    rm $account
-}
+log=/run/beta9-agent-install.log failure=1 outcome=''
+say() { printf 'beta9-agent: %s\n' "$1" >&3 || :; }
+fail() { doing=''; trap '' PIPE; printf 'beta9-agent: %s\n' "$1$outcome" >&4 || :; exit $failure; }
 exec 3>&1 4>&2 </dev/null
 [ "$(id -u)" = 0 ] || fail 'this must run as root: pipe it into sudo sh, or ssh root@... sh'
 [ -d /run/systemd/system ] || fail 'systemd does not run here: start the agent by hand instead'
@@ -2998,10 +2845,8 @@ flock -n 9 || fail 'another run of this is under way: wait until it ends'
 FILES = {"unit": """[Unit]
 Description=beta9-agent, keeps this machine ready for its Beta9 gateway
 Wants=network-online.target nvidia-persistenced.service
-After=network-online.target nvidia-persistenced.service
-# The boot is over without the gateway.
-After=multi-user.target
-StartLimitIntervalSec=0
+# After the boot, which is over without the gateway.
+After=network-online.target nvidia-persistenced.service multi-user.target
 
 [Service]
 Type=notify
@@ -3016,15 +2861,12 @@ ExecStart=/opt/beta9-agent/venv/bin/python -I -m beta9_agent --config /etc/beta9
 User=beta9-agent
 StateDirectory=beta9-agent
 UMask=0077
-RemoveIPC=yes
-PrivateMounts=yes
 LimitCORE=0
 NoNewPrivileges=yes
 CapabilityBoundingSet=
 ProtectSystem=strict
 ProtectHome=yes
 PrivateTmp=yes
-ProtectHostname=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
 ProtectKernelTunables=yes
@@ -3047,21 +2889,23 @@ if [ "$(id -u)" = 0 ]; then
 fi
 exec /opt/beta9-agent/venv/bin/python -I -m beta9_agent --config /etc/beta9-agent/agent.yaml "$@"
 """, "uninstall": r"""#!/bin/sh
-# Takes beta9-agent away: k3s tokens, service, program, settings, state, user. Run it as root; what
+# Takes beta9-agent away: service, k3s tokens, program, settings, state, user. Run it as root; what
 # is left of a run that was cut off goes with the next. k3s, its workers, NVIDIA's packages stay.
 """ + BEGIN + r"""
-leave_k3s || {
-    failure=
-    say "k3s does not answer, so its tokens stay valid: run this again when it does"
-}
-[ ! -e $units/beta9-agent.service ] || systemctl -q disable --now beta9-agent
-rm -rf $units/beta9-agent.service* $units/beta9-k3s-token.* $manifest.* $wrapper $wrapper.* \
-    $opt $opt.old $new $etc $state /run/beta9-agent.lock /run/beta9-agent-install.log
+for unit in beta9-agent.service beta9-k3s-token.timer beta9-k3s-token.service; do
+    systemctl -q disable --now $unit 2>/dev/null || : # it is not there
+done
+[ ! -e $manifest ] || mv $manifest $manifest.old # k3s would bring back what is in it
+if [ -s $manifest.old ] && command -v k3s >/dev/null; then
+    k3s kubectl delete --ignore-not-found --request-timeout=10s -f $manifest.old ||
+        fail 'k3s does not answer, so its tokens stay valid: start or remove it, and run this again'
+fi
+rm -rf $units/beta9-agent.service* $units/beta9-k3s-token.* $k3s $manifest.* $wrapper $wrapper.* \
+    $opt $opt.* $etc $etc.* $state $log /run/beta9-agent.lock
 rmdir -p ${manifest%/*} 2>/dev/null || : # where k3s never was
 systemctl daemon-reload
 systemctl reset-failed beta9-agent.service beta9-k3s-token.service 2>/dev/null || :
 ! id $user >/dev/null 2>&1 || userdel $user
-[ -n "$failure" ] || exit 1
 say 'gone; the gateway forgets this machine 5 minutes after its last keepalive'
 }
 main; exit; }
@@ -3110,19 +2954,17 @@ done
 """, "k3s-token-service": """[Unit]
 Description=Has k3s make the gateway's token, for beta9-agent
 After=k3s.service
-StartLimitIntervalSec=0
 
 [Service]
 Type=oneshot
 ExecCondition=/bin/sh -c 'command -v k3s'
-ExecStart=/opt/beta9-agent/k3s-token
+ExecStart=/bin/sh /opt/beta9-agent/k3s-token
 TimeoutStartSec=60
 Restart=on-failure
 RestartSec=15
 Group=beta9-agent
 UMask=0027
 RuntimeDirectory=beta9-k3s
-RuntimeDirectoryMode=0750
 RuntimeDirectoryPreserve=yes
 NoNewPrivileges=yes
 ProtectSystem=full
@@ -3160,35 +3002,31 @@ spec:
 
 INSTALL_K3S = r"""
 fetch() { curl -fsSL --proto =https -m 120 "$1" -o "$2"; }
+# Where k3s is missing, its own installer is run, and with a card NVIDIA's toolkit comes before.
 has_card() { [ -e /dev/nvidiactl ] || command -v nvidia-smi; }
 if ! systemctl cat k3s.service && ! systemctl cat k3s-agent.service; then
     runtime=/usr/bin/nvidia-container-runtime nvidia=https://nvidia.github.io/libnvidia-container
     command -v curl || { step 'installing curl'; packages curl ca-certificates; }
     if has_card && [ ! -e $runtime ]; then # before k3s, which looks for it when it starts
         step "installing NVIDIA's container toolkit"
-        if command -v apt-get; then
-            key=/etc/apt/keyrings/nvidia-container-toolkit.asc
-            install -d ${key%/*}
-            fetch $nvidia/gpgkey $key
-            echo "deb [signed-by=$key] $nvidia/stable/deb/\$(ARCH) /" \
-                >/etc/apt/sources.list.d/nvidia-container-toolkit.list
-        else
-            fetch $nvidia/stable/rpm/nvidia-container-toolkit.repo \
-                /etc/yum.repos.d/nvidia-container-toolkit.repo
-        fi
+        key=/etc/apt/keyrings/nvidia-container-toolkit.asc
+        install -d ${key%/*}
+        fetch $nvidia/gpgkey $key
+        echo "deb [signed-by=$key] $nvidia/stable/deb/\$(ARCH) /" \
+            >/etc/apt/sources.list.d/nvidia-container-toolkit.list
         packages nvidia-container-toolkit
     fi
     step "fetching k3s's installer"
-    fetch https://get.k3s.io $new/k3s-installer
-    step "running k3s's installer, SHA-256 $(sha256sum <$new/k3s-installer | cut -d ' ' -f 1)"
+    fetch https://get.k3s.io $opt.new/k3s-installer
+    step "running k3s's installer, SHA-256 $(sha256sum <$opt.new/k3s-installer | cut -d ' ' -f 1)"
     set -- --disable traefik --disable servicelb
-    [ -z "$hostname" ] || set -- "$@" --tls-san "$hostname"
     [ ! -e $runtime ] || set -- "$@" --default-runtime nvidia
-    sh $new/k3s-installer "$@" # its own variables hold, such as INSTALL_K3S_VERSION
+    sh $opt.new/k3s-installer "$@" # its own variables hold, such as INSTALL_K3S_VERSION
 fi
 plugin=${manifest%/*}/nvidia-device-plugin.yaml
-if has_card && [ ! -e $plugin ] &&
-        ! k3s kubectl get daemonsets -A -o name | grep -q nvidia-device-plugin; then
+if has_card && [ ! -s $plugin ] &&
+        there=$(k3s kubectl --request-timeout=20s get daemonsets -A -o name) &&
+        ! echo "$there" | grep -q nvidia-device-plugin; then
     step "giving k3s NVIDIA's device plugin"
     install -d -m 700 ${plugin%/*}
     agent --print k3s-device-plugin >$plugin.new
@@ -3197,230 +3035,191 @@ fi
 """
 # Put in with --ssh: before the settings are tried, and before the service is waited for.
 INSTALL_SSH = r"""
-step "making ssh's folder, $state/.ssh"
-command -v ssh || packages openssh-client || packages openssh-clients
-install -d -o $user -g $user $state
-install -d -m 700 -o $user -g $user $state/.ssh
+command -v ssh || { step 'installing ssh'; packages openssh-client; }
 """
 INSTALL_SSH_KEY = r"""
-[ -n "$(ls $state/.ssh)" ] || {
-    systemctl restart --no-block beta9-agent
+[ -n "$(ls $state/.ssh)" ] ||
     end 3 "installed; ssh needs a key there, and to know the host:
     sudo runuser -u $user -- ssh-keygen -t ed25519 -N '' -f $state/.ssh/id_ed25519
     append $state/.ssh/id_ed25519.pub to authorized_keys there
     sudo runuser -u $user -- ssh ssh://{ssh} exit"
-}
 """
 
 # Of the script, {words} in braces are replaced. Python runs with -I, so that nothing in the
 # caller's folder or variables is run as root.
 INSTALL = r"""#!/bin/sh
 # Installs {version} as a service, or upgrades it. Read it, then run it as root.
-# All is made beside what is there, tried in the service's own sandbox, then moved into place: a
-# step that fails leaves what was there, running.
+# New files are made beside the old ones, tried in the service's own sandbox, then moved into place:
+# a step that fails before that leaves what was there, running.
 # The machine token is in here, or comes from BETA9_TOKEN_FILE (a path) or BETA9_TOKEN, or is there
 # from before. So may a k3s token, BETA9_K3S_TOKEN_FILE; without one this machine's k3s makes it.
-# BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here.
-# Exits: 0 ready, or joined and waiting for k3s; 1 nothing was changed; 3 in place, not ready yet.
+# BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here. What is missing comes by apt-get.
+# Exits: 0 ready, or joined and waiting for k3s or the end of the boot; 1 the agent is as it was;
+# 3 in place, not ready yet.
 """ + BEGIN + r"""
-log=/run/beta9-agent-install.log try=/run/systemd/system/beta9-agent-try.service
-files="$etc/agent.yaml $etc/token $etc/k3s-token $units/beta9-agent.service $wrapper $k3s_files"
-doing='looking around'
-outcome='nothing of the agent was changed; mend that and run this again'
-hostname=${BETA9_HOSTNAME:-{hostname}} machine_id=${BETA9_MACHINE_ID:-{machine_id}}
-unset token k3s_token value # which the caller may export
-token={token} k3s_token={k3s_token}
-token=${BETA9_TOKEN:-$token} token_file=${BETA9_TOKEN_FILE:-}
-k3s_token=${BETA9_K3S_TOKEN:-$k3s_token} k3s_token_file=${BETA9_K3S_TOKEN_FILE:-}
-unset BETA9_TOKEN BETA9_TOKEN_FILE BETA9_K3S_TOKEN BETA9_K3S_TOKEN_FILE
+exec >>$log 2>&1
+try=/run/systemd/system/beta9-agent-try.service
+outcome='; nothing of the agent was changed; correct that, and run this again'
 
 step() { doing=$1; say "$1"; : >$log; }
-stop() { doing=''; fail "$1; $outcome"; }
 end() { doing=''; say "$2"; exit "$1"; }
 clean() {
-    code=$?
-    rm -rf $new $try
-    for file in $files; do rm -f $file.new; done
-    [ -z "$doing" ] || stop "failed while $doing: $(tail -n 1 $log) (more in $log)"
-    [ $code = 1 ] || rm -f $log
+    rm -rf $opt.new $etc.new $try
+    [ -z "$doing" ] || fail "failed while $doing: $(grep . $log | tail -n 1) (more in $log)"
 }
-trap clean EXIT
-trap 'stop "stopped by a signal"' HUP INT PIPE TERM
-exec >>$log 2>&1
-agent() { $new/venv/bin/python -I $new/beta9_agent.py "$@"; }
-patiently() { # for five minutes, while another program holds apt's or dpkg's lock
-    tries=60
-    until "$@"; do
-        tries=$((tries - 1))
-        [ $tries != 0 ] && tail -n 3 $log | grep -q 'get lock' || return 1
+agent() { $opt.new/venv/bin/python -I $opt.new/beta9_agent.py "$@"; }
+packages() {
+    for _ in $(seq 60); do # five minutes, while another program holds apt's or dpkg's lock
+        : >$log
+        apt-get -qq update || :
+        DEBIAN_FRONTEND=noninteractive apt-get -qq -y install "$@" && return
+        grep -q 'get lock' $log || return 1
         sleep 5
     done
-}
-packages() {
-    if command -v apt-get; then
-        export DEBIAN_FRONTEND=noninteractive
-        patiently apt-get -qq update || :
-        patiently apt-get -qq -y install "$@"
-    else
-        dnf -q -y install "$@"
-    fi
+    return 1
 }
 find_python() {
     for base in /usr/bin/python3 /usr/bin/python3.1[0-9] /usr/local/bin/python3; do
         $base -I -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' && return
     done
-    return 1
 }
 write_token() { # name, token, file with it
-    value=$2
     if [ -n "$3" ]; then
-        value=
-        IFS= read -r value <"$3" || : # without a line end
-        [ -n "$value" ] || stop "no token can be read from $3: check that file"
-    fi
-    [ -z "$value" ] || install -m 640 -g $user /dev/stdin $etc/$1.new <<END
-$value
+        install -m 640 -g $user "$3" $etc.new/$1
+    elif [ -n "$2" ]; then
+        install -m 640 -g $user /dev/stdin $etc.new/$1 <<END
+$2
 END
+    fi
 }
+
+step 'writing the settings'
+trap clean EXIT
+trap 'fail "stopped by a signal"' HUP INT PIPE TERM
+id $user || useradd --system --user-group --home-dir $state --shell /usr/sbin/nologin $user
+[ -e $opt ] || [ ! -e $opt.old ] || mv $opt.old $opt # of a run that was cut off
+rm -rf $opt.old $opt.new $etc.new
+mkdir -p $opt $opt.new $etc
+cp -a $etc/. $etc.new
+set -- {token} {k3s_token}
+write_token token "${BETA9_TOKEN:-$1}" "${BETA9_TOKEN_FILE:-}"
+write_token k3s-token "${BETA9_K3S_TOKEN:-$2}" "${BETA9_K3S_TOKEN_FILE:-}"
+unset BETA9_TOKEN BETA9_TOKEN_FILE BETA9_K3S_TOKEN BETA9_K3S_TOKEN_FILE
+[ -e $etc.new/token ] ||
+    fail 'the machine token is missing: run this by sudo BETA9_TOKEN_FILE=token sh'
+[ -e $etc.new/k3s-token ] || ! systemctl cat k3s-agent.service ||
+    fail 'an agent node of k3s makes no token: give one of its server by BETA9_K3S_TOKEN_FILE'
+{
+    cat <<'BETA9_END'
+{settings}
+BETA9_END
+    hostname=${BETA9_HOSTNAME:-{hostname}} machine_id=${BETA9_MACHINE_ID:-{machine_id}}
+    [ -z "$hostname" ] || echo "hostname: \"$hostname\""
+    [ -z "$machine_id" ] || echo "machine_id: \"$machine_id\""
+    if [ -e $etc.new/k3s-token ]; then
+        say "takes the k3s token in $etc/k3s-token; without that file, k3s would make one"
+        echo "k3s_token_file: $etc/k3s-token"
+    else
+        printf '%s\n' "k3s_token_file: $k3s/token" "k3s_ca_file: $k3s/ca.crt"
+    fi
+} >$etc.new/agent.yaml
 
 find_python || {
     step 'installing Python'
-    packages python3-venv || packages python3.11 || :
-    find_python || stop 'Python 3.10 or newer with its venv module is missing: install it'
+    packages python3-venv || :
+    find_python || fail "Python 3.10 or newer with venv is missing: install it (see $log)"
 }
 step 'unpacking the agent'
-id $user || useradd --system --user-group --home-dir $state --shell /usr/sbin/nologin $user
-[ -e $opt ] || [ ! -e $opt.old ] || mv $opt.old $opt # of a run that was cut off
-rm -rf $new
-mkdir -p $new $etc
 $base -I -c 'import base64, bz2, sys
 packed = "".join(sys.stdin.read().split())
 sys.stdout.buffer.write(bz2.decompress(base64.b85decode(packed)))' \
-    >$new/beta9_agent.py <<'BETA9_END'
+    >$opt.new/beta9_agent.py <<'BETA9_END'
 {payload}
 BETA9_END
-echo "{sha256}  $new/beta9_agent.py" | sha256sum -c --quiet
+echo "{sha256}  $opt.new/beta9_agent.py" | sha256sum -c --quiet
 
-requirements='{packages}'
-if [ "$(cat $opt/venv/requirements)" = "$requirements" ] &&
-        $opt/venv/bin/python -I -c 'import psutil, pynvml, requests, yaml'; then
-    cp -a $opt/venv $new/venv
-else
-    step 'installing its Python packages by pip'
-    $base -I -m venv $new/venv
-    $new/venv/bin/python -I -m pip install -q --no-cache-dir --disable-pip-version-check \
-        $requirements
-    echo "$requirements" >$new/venv/requirements
-    echo $opt >"$(echo $new/venv/lib/python3*/site-packages)/beta9.pth"
-fi
+step 'installing its Python packages by pip'
+$base -I -m venv $opt.new/venv
+$opt.new/venv/bin/python -I -m pip install -q --no-cache-dir --disable-pip-version-check \
+    {packages}
+echo $opt >"$(echo $opt.new/venv/lib/python3*/site-packages)/beta9.pth"
 # Compiled here once: at each start it would take memory and time.
-$new/venv/bin/python -I -m compileall -q -s $new -p $opt --invalidation-mode checked-hash \
-    $new/beta9_agent.py
-agent --print k3s-token >$new/k3s-token
-chmod 755 $new/k3s-token
-{ssh_folder}
-step "trying the settings in the service's sandbox"
-write_token token "$token" "$token_file"
-write_token k3s-token "$k3s_token" "$k3s_token_file"
-[ -s $etc/token ] || [ -e $etc/token.new ] ||
-    stop 'the machine token is missing: run this by sudo BETA9_TOKEN_FILE=token sh'
-cat >$etc/agent.yaml.new <<'BETA9_END'
-{settings}
-BETA9_END
-[ -z "$hostname" ] || echo "hostname: \"$hostname\"" >>$etc/agent.yaml.new
-[ -z "$machine_id" ] || echo "machine_id: \"$machine_id\"" >>$etc/agent.yaml.new
-k3s=/run/beta9-k3s # where its token is put
-if [ -e $etc/k3s-token.new ]; then
-    k3s=''
-elif [ -s $etc/k3s-token ] && grep -q $etc/k3s-token $etc/agent.yaml; then
-    k3s=''
-    say "the k3s token of before stays: remove $etc/k3s-token, if k3s shall make one"
-fi
-if [ -z "$k3s" ]; then
-    echo "k3s_token_file: $etc/k3s-token"
-else
-    printf '%s\n' "k3s_token_file: $k3s/token" "k3s_ca_file: $k3s/ca.crt"
-fi >>$etc/agent.yaml.new
-set -- --dry-run --config $etc/agent.yaml.new
-for name in token k3s-token; do
-    [ ! -e $etc/$name.new ] || set -- "$@" --$name-file $etc/$name.new
+$opt.new/venv/bin/python -I -m compileall -q -s $opt.new -p $opt --invalidation-mode checked-hash \
+    $opt.new/beta9_agent.py
+for name in unit wrapper k3s-account k3s-token k3s-token-service k3s-token-timer; do
+    agent --print $name >$opt.new/$name
 done
-agent --print unit >$units/beta9-agent.service.new
-# The unit itself, but that it tries the new files once, also while the machine boots.
-sed "/^After/d; /^Wants/d; /^Restart/d; /^WatchdogSec/d
-    s,^TimeoutStartSec=.*,TimeoutStartSec=60,
-    s,^Type=.*,Type=oneshot\nStandardOutput=null\nStandardError=append:$log,
-    s,^ExecStart=.*,ExecStart=$new/venv/bin/python -I $new/beta9_agent.py $*," \
-    $units/beta9-agent.service.new >$try
+{install_ssh}
+step "trying the settings in the service's sandbox"
+# The unit itself, with the new files in place of the old ones; once, also while the machine boots.
+cat $opt.new/unit - >$try <<END
+[Unit]
+CollectMode=inactive-or-failed
+[Service]
+Type=oneshot
+Restart=no
+TimeoutStartSec=60
+StandardOutput=null
+StandardError=append:$log
+BindReadOnlyPaths=$opt.new:$opt $etc.new:$etc
+ExecStart=
+ExecStart=$opt/venv/bin/python -I -m beta9_agent --config $etc/agent.yaml --dry-run
+END
 systemctl daemon-reload
-: >$log
-systemctl start beta9-agent-try 2>/dev/null || {
+systemctl -q start --job-mode=ignore-dependencies beta9-agent-try || {
     cat $log >&4
-    stop 'the agent refuses these settings, as said above'
+    fail 'the agent refuses these settings (see above, and journalctl -u beta9-agent-try)'
 }
 {install_k3s}
 step 'putting it in place'
-agent --print wrapper >$wrapper.new
-chmod 755 $wrapper.new
-if [ -n "$k3s" ]; then
+trap '' HUP INT PIPE TERM # from here on it is all or nothing
+failure=3 outcome='; it is in place, if only in part: run this again'
+mv $etc.new/agent.yaml $etc.new/*token $etc
+mv $opt $opt.old
+mv $opt.new $opt
+rm -rf $opt.old
+install -m 755 $opt/wrapper $wrapper
+install -m 644 $opt/unit $units/beta9-agent.service
+if [ -e $etc/k3s-token ]; then
+    systemctl -q disable --now beta9-k3s-token.timer beta9-k3s-token.service || :
+    rm -rf $units/beta9-k3s-token.* $k3s
+    [ ! -e $manifest ] || : >$manifest # k3s then deletes the account, and so revokes its tokens
+else
+    install -m 644 $opt/k3s-token-service $units/beta9-k3s-token.service
+    install -m 644 $opt/k3s-token-timer $units/beta9-k3s-token.timer
     install -d -m 700 ${manifest%/*}
     # With the date, as k3s would not apply again what it applied before an uninstall.
-    { agent --print k3s-account; date '+# %c'; } >$manifest.new
-    for name in service timer; do
-        agent --print k3s-token-$name >$units/beta9-k3s-token.$name.new
-    done
+    { cat $opt/k3s-account; date '+# %c'; } >$manifest.new
+    mv $manifest.new $manifest
 fi
-old=$(grep -s 'ServiceAccount, name: beta9-agent,' $manifest) || : # version 0.2 had two
-trap '' HUP INT PIPE TERM # from here on it is all or nothing
-failure=3 outcome='it is in place, if only in part: run this again'
-for file in $files; do
-    [ ! -e $file.new ] || mv $file.new $file
-    rm -f $file.old # of version 0.2
-done
-rm -rf $opt.old
-[ ! -e $opt ] || mv $opt $opt.old
-mv $new $opt
-rm -rf $opt.old
-trap 'stop "stopped by a signal"' HUP INT PIPE TERM
-systemctl daemon-reload
+# Version 0.2's.
+rm -f $etc/agent.yaml.old $units/beta9-*.old $wrapper.old $manifest.old $k3s/*-token*
+trap 'fail "stopped by a signal"' HUP INT PIPE TERM
 systemctl -q enable beta9-agent
-if [ -z "$k3s" ]; then
-    leave_k3s || say "k3s does not answer, so tokens that it made stay valid: $account names them"
-else
+[ -e $etc/k3s-token ] || {
     step 'having k3s make its token'
-    rm -f $etc/k3s-token $k3s/*-token* # of before
-    systemctl -q enable beta9-k3s-token.service beta9-k3s-token.timer
-    systemctl restart beta9-k3s-token.timer
-    ! command -v k3s || timeout 20 systemctl start beta9-k3s-token || : # it goes on trying
-    [ -z "$old" ] || k3s kubectl delete --ignore-not-found --request-timeout=10s \
-        sa/beta9-agent clusterrole/beta9-agent clusterrolebinding/beta9-agent ||
-        say "k3s does not answer: version 0.2's account beta9-agent stays in it"
-fi
-case $0 in /var/lib/cloud/*) # for which the rest of the boot would wait
-    systemctl restart --no-block beta9-agent
-    end 0 'installed; it starts with the end of the boot' ;;
-esac
+    timeout 20 systemctl -q enable --now beta9-k3s-token.service beta9-k3s-token.timer || :
+}
+systemctl restart --no-block beta9-agent
 {ssh_key}
+[ "$(systemctl is-active cloud-final)" != activating ] || # the rest of the boot waits for us
+    end 0 'installed; it starts with the end of the boot'
 step 'waiting until it is ready, for a minute'
-joined='' tries=60 code=0
-[ -n "$k3s" ] || tries=15 # time for two looks at k3s
-[ -z "$k3s" ] || command -v k3s || tries=1 # no wait brings it
-! timeout 60 systemctl restart beta9-agent || joined=yes
-: >$log
-while [ -n "$joined" ] && [ $tries != 0 ] && ! $wrapper --status &&
-        ! grep -q 'no work will come' $log; do
+tries=15 # for two looks at k3s
+[ -e $etc/k3s-token ] || command -v k3s || tries=0 # no wait brings it
+timeout 60 systemctl start beta9-agent || tries=0
+until shown=$($wrapper --status) || [ $tries = 0 ]; do
     sleep 1
     tries=$((tries - 1))
 done
-: >$log
-$wrapper --status || code=$?
-cat $log >&3
-[ "$code" != 3 ] || journalctl -q -n 5 -o cat -u beta9-agent >&3
-[ "$code" != 0 ] || end 0 'installed, and work can run here'
-{ [ -n "$joined" ] && grep -q 'takes no work' $log; } ||
-    end 3 'installed but not ready, see above; it goes on trying'
-say 'installed and joined; it takes work by itself as soon as k3s can run it here'
-doing=''
+printf '%s\n' "$shown" >&3 || :
+case $shown in
+'ready for '*) end 0 'installed, and ready for work; see also: sudo beta9-agent --check' ;;
+*'takes no work'*)
+    end 0 'installed and joined; it takes work as soon as k3s can run it here, see above' ;;
+esac
+journalctl -q -n 5 -o cat -u beta9-agent >&3
+end 3 'installed but not ready, see above; it goes on trying'
 }
 main; exit; }
 """
@@ -3438,14 +3237,12 @@ def format_packages() -> str:
 
 def format_settings(config: Config) -> str:
     """The settings that were given, as YAML in ASCII, without secrets and what the script adds."""
-    lines = ['state_dir: "/var/lib/beta9-agent"', 'token_file: "/etc/beta9-agent/token"']
+    lines = ["state_dir: /var/lib/beta9-agent", "token_file: /etc/beta9-agent/token"]
     left_out = ("hostname", "machine_id", "state_dir", "config", *SECRETS, "token_file",
-                "k3s_token_file")
+                "k3s_token_file", *([] if config.k3s_token else ["k3s_ca_file"]))
     for option in sorted(SETTINGS, key=lambda each: each.group == "gateway"):
         value = getattr(config, option.name)
         if option.name not in config.sources or option.name in left_out:
-            continue
-        if option.name == "k3s_ca_file" and value == "/run/beta9-k3s/ca.crt":   # the script's own
             continue
         if isinstance(value, bool):
             value = "yes" if value else "no"
@@ -3470,6 +3267,10 @@ def warn_of_script(config: Config) -> None:
                     " BETA9_MACHINE_ID there")
     if config.state_dir not in (None, "/var/lib/beta9-agent"):
         LOG.warning("--state-dir is left out: the service's is /var/lib/beta9-agent")
+    own_path = config.k3s_token_file or config.k3s_ca_file or ""
+    if not config.k3s_token and own_path and not own_path.startswith("/run/beta9-k3s/"):
+        LOG.warning("--k3s-token-file and --k3s-ca-file are left out, as no token is there: k3s"
+                    " makes one")
     for path in filter(None, (config.ca_file, config.k3s_token and config.k3s_ca_file)):
         LOG.warning("%s must be on the machine too, where its service can read it: not under /home,"
                     " /root or /tmp", os.path.abspath(path))
@@ -3487,25 +3288,22 @@ def print_install(config: Config) -> None:
     """
     import bz2
     import shlex
-    try:
-        with open(__file__, "rb") as file:
-            program = file.read()
-    except OSError:
-        raise AgentError("this program is in no file that the script could carry: save it as one,"
-                         " then run that") from None
+    program = read_program()
     if (config.token or config.k3s_token) and sys.stdout.isatty():
         raise AgentError("the script holds the tokens, which a terminal would show: print it into a"
                          " file or a pipe")
     if config.install_k3s and config.k3s_token:
         raise AgentError("--install-k3s has k3s make its token: leave out the one that is given")
+    if (config.k3s_token_file or "").startswith("/run/beta9-k3s/"):
+        config.k3s_token = None     # the service's own, which k3s makes anew
     warn_of_script(config)
     packed = base64.b85encode(bz2.compress(program, 9)).decode()
     words = {"version": format_version(), "hostname": config.hostname or "",
              "machine_id": config.machine_id or "", "packages": format_packages(),
              "sha256": hashlib.sha256(program).hexdigest(), "settings": format_settings(config),
-             "payload": "\n".join(re.findall(".{1,500}", packed)),
+             "payload": "\n".join(re.findall(".{1,1000}", packed)),
              "install_k3s": INSTALL_K3S if config.install_k3s else "",
-             "ssh_folder": INSTALL_SSH if config.ssh else "",
+             "install_ssh": INSTALL_SSH if config.ssh else "",
              "ssh_key": INSTALL_SSH_KEY.replace("{ssh}", config.ssh) if config.ssh else ""}
     for name in SECRETS:
         token = getattr(config, name)
@@ -3528,8 +3326,8 @@ COMPANIONS = {"--json": ("--check", "--status"), "--prometheus": ("--status",),
               "--install-k3s": ("--print-install",)}
 
 
-def choose_action(config: Config) -> str:
-    """The flag of what is asked for, "" to keep the machine. Raises AgentError."""
+def refuse_odd_actions(config: Config) -> None:
+    """Raises AgentError where what is asked for does not go together."""
     given = [option.flag for option in OPTIONS if option.group == WHAT
              and getattr(config, option.name)]
     for flag, allowed in COMPANIONS.items():
@@ -3538,35 +3336,34 @@ def choose_action(config: Config) -> str:
     actions = [flag for flag in given if flag not in COMPANIONS]
     if len(actions) > 1 and actions != ["--dev", "--once"]:
         raise AgentError(f"{' and '.join(actions)} are different actions: give one of them")
-    return actions[0] if actions else ""
 
 
 def run_action(argv: list[str], redactor: Redactor) -> int:
     """Does what is asked for; the exit code."""
     config = read_config(argv, os.environ, redactor)
-    action = choose_action(config)
+    refuse_odd_actions(config)
     if config.debug:
         LOG.setLevel(logging.DEBUG)
-    if action == "--help":
+    if config.help:
         print(build_command_line().format_help())
-    elif action == "--version":
+    elif config.version:
         print(format_version())
-    elif action == "--print":
+    elif config.print:
         if config.print not in FILES:
             raise AgentError(f"--print: there is no '{printable(config.print, 60)}' to print: give"
                              f" one of {', '.join(FILES)}")
         print(FILES[config.print], end="")
-    elif action == "--status":
+    elif config.status:
         return show_status(config)
-    elif action == "--check":
+    elif config.check:
         return show_check(config)
     elif config.problems:
         for problem in config.problems:
             LOG.error("%s", problem)
         return 2
-    elif action == "--dry-run":
+    elif config.dry_run:
         show_dry_run(config)
-    elif action == "--print-install":
+    elif config.print_install:
         print_install(config)
     else:
         return run_agent(config)
@@ -3577,33 +3374,28 @@ def main(argv: list[str]) -> int:
     """Runs the program; the exit code."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # without a traceback
-    while os.open(os.devnull, os.O_RDWR) < 3:   # a closed one would be the next file that is opened
+    # A closed one would be the next file that is opened. What is written there fails.
+    while os.open(os.devnull, os.O_RDONLY) < 3:
         pass
+    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)
     os.environ.pop("SSLKEYLOGFILE", None)       # ssl would write its keys there
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull)   # it was closed: what is written there fails
-    else:
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")      # type: ignore[union-attr]
-    redactor, code = Redactor(), 1
+    redactor = Redactor()
     LOG.handlers = [LogLines(redactor)]
     LOG.setLevel(logging.INFO)
     try:
         code = run_action(argv, redactor)
         sys.stdout.flush()
-    except ModuleNotFoundError as error:
-        LOG.error("%s", explain_missing(error))
+        return code
     except AgentError as error:
         LOG.error("%s", error)
-        code = error.exit_code
+        return error.exit_code
+    except BrokenPipeError:     # whoever read the answer has read enough
+        pass
     except Exception as error:
-        code = 1
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            LOG.error("%s: mend that, and start it again", explain_error(error))
-        elif not isinstance(error, OSError):    # whoever read from the pipe has read enough
-            LOG.error("unexpected %s: report it with what --debug prints", type(error).__name__)
-        LOG.debug("where", exc_info=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # for what could not be written
-    return code
+        unexpected = not isinstance(error, (OSError, ModuleNotFoundError))
+        LOG.error("%s", explain_exception(error), exc_info=unexpected)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # for what could not be written
+    return 1
 
 
 if __name__ == "__main__":

@@ -91,11 +91,15 @@ def replace(path, text):
     os.replace(new, path)
 
 
-def leaks(text, *secrets):
-    """The secrets that stand in a text: as they are, URL-encoded or in base64."""
-    forms = [form for secret in secrets for form in (
+def forms(*secrets):
+    """Secrets as they are, URL-encoded and in base64."""
+    return [form for secret in secrets for form in (
         secret, urllib.parse.quote(secret, ""), base64.b64encode(secret.encode()).decode())]
-    return [form for form in forms if form in text]
+
+
+def leaks(text, *secrets):
+    """The secrets that stand in a text, in any of these forms."""
+    return [form for form in forms(*secrets) if form in text]
 
 
 class Agent(subprocess.Popen):
@@ -116,10 +120,10 @@ class Agent(subprocess.Popen):
              lambda: f"{words} in\n{self.log()}")
         assert all(word in self.log() for word in words), f"ended with {self.poll()}:\n{self.log()}"
 
-    def stop(self, number=signal.SIGTERM):
-        """The exit code after a signal."""
+    def stop(self, number=signal.SIGTERM, within=60):
+        """The exit code after a signal, which must come within so many seconds."""
         self.send_signal(number)
-        return self.wait(60)
+        return self.wait(within)
 
     def facts(self, name):
         """A line of /proc/PID/status, as a number."""
@@ -147,12 +151,11 @@ class Box:
         return [sys.executable, *python, *program, *map(str, options)]
 
     def start(self, server, *options, before=(), python=(), stdin=subprocess.DEVNULL, stderr=None, **environ):
-        """The program with a short interval; `server` is its gateway, a port, or None where options name it.
+        """The program with a short interval; `server` is its gateway, or None where options name it.
 
         A variable that is None is not set.
         """
-        host, port = (server.host, server.port) if isinstance(server, Server) else ("127.0.0.1", server)
-        there = ["--gateway-host", host, "--gateway-port", port] if port else []
+        there = ["--gateway-host", server.host, "--gateway-port", server.port] if server else []
         log_file = self.folder / f"log{len(self.started)}"
         with open(log_file, "wb") as log:
             agent = Agent([*before, *self.words(*there, "--keepalive-interval", "0.1", *options, python=python)],
@@ -171,6 +174,18 @@ class Box:
         wait(lambda: gateway.ready(after) or agent.poll() is not None, agent.log)
         assert agent.poll() is None, agent.log()
         return agent
+
+    def offering(self, gateway, *options, **more):
+        """The program, when it has found its k3s usable and offers CPU."""
+        agent = self.ready(gateway, *options, **more)
+        wait(gateway.is_offered_cpu, agent.log)
+        return agent
+
+    def config(self, text):
+        """A file with these settings."""
+        path = self.folder / "settings"
+        path.write_text(text)
+        return path
 
     def run(self, *options, python=(), input="", stdout=subprocess.PIPE, limit=60, **environ):
         """What a run that ends by itself printed, and its exit code."""
@@ -192,12 +207,6 @@ class Box:
 @pytest.fixture
 def box(tmp_path):
     with contextlib.closing(Box(tmp_path)) as one:
-        yield one
-
-
-@pytest.fixture
-def another_box(tmp_path_factory):
-    with contextlib.closing(Box(tmp_path_factory.mktemp("another"))) as one:
         yield one
 
 
@@ -350,14 +359,6 @@ def html(status, *headers):
                 *headers)
 
 
-def follows(data):
-    """A fault: these bytes, then the answer."""
-    def fault(link):
-        link.sock.sendall(data + link.answer())
-        return True
-    return fault
-
-
 def breaks(data=b"", reset=False):
     """A fault: so much and no more, with a reset or without."""
     def fault(link):
@@ -444,9 +445,21 @@ class Gateway(Server):
         after = len(self.seen)
         return wait(lambda: self.ready(after), lambda: [(link.call, link.state) for link in self.seen[-9:]])
 
-    def registered(self, key, after=0):
-        """A field of all registrations, from the request of that number on."""
-        return [link.json[key] for link in self.seen[after:] if link.call == REGISTER]
+    def fail(self, *faults, call=KEEPALIVE):
+        """Has these happen, one after another, and waits until the machine is ready again."""
+        self.faults[call].extend(faults)
+        if call == REGISTER:
+            self.forget()
+        wait(lambda: not self.faults[call], lambda: [(link.call, link.state) for link in self.seen[-9:]])
+        return self.ready_again()
+
+    def registered(self, key):
+        """A field of all registrations."""
+        return [link.json[key] for link in self.calls(REGISTER)]
+
+    def is_offered_cpu(self):
+        """By the last registration."""
+        return self.registered("cpu")[-1:] not in ([], ["0m"])
 
     def answer(self, link):
         if link.call == REGISTER:
@@ -633,18 +646,14 @@ class K3s(Server):
                 "status": {"allocatable": fits, "capacity": fits, "conditions": conditions}}
 
     def options(self, *more):
-        """For the agent."""
+        """For the agent: the token first, the CA last."""
         return ["--k3s-token", K3S_TOKEN, "--k3s-url", f"https://{self.host}:{self.port}", "--hostname", "box",
                 "--k3s-ca-file", self.certificates.path(), *more]
 
-    def looks(self):
-        """How often it was asked for the worker pods."""
-        return len(self.calls("pods"))
-
-    def looked(self, count=1):
-        """Waits for so many more looks."""
-        end = self.looks() + count
-        wait(lambda: self.looks() >= end, lambda: [(link.method, link.target) for link in self.seen[-9:]])
+    def looked(self, count):
+        """Waits until it was asked for the worker pods so many more times."""
+        end = len(self.calls("pods")) + count
+        wait(lambda: len(self.calls("pods")) >= end, lambda: [(link.method, link.target) for link in self.seen[-9:]])
 
     def call_of(self, path):
         return next((name for name in ("selfsubjectrulesreviews", "pods", "nodes") if f"/{name}" in path),
@@ -662,9 +671,7 @@ class K3s(Server):
             return self.list_pods(link)
         if link.path == "/api/v1/nodes":
             return 200, {"kind": "NodeList", "apiVersion": "v1", "items": self.nodes}
-        name = link.path.removeprefix("/api/v1/nodes/")
-        found = [node for node in self.nodes if node["metadata"]["name"] == name]
-        return (200, found[0]) if found else status_of_k3s(404, f'"{name}" not found')
+        return status_of_k3s(404, "the server could not find the requested resource")
 
     def list_pods(self, link):
         """As Kubernetes 1.34 answers: a Table where one is asked for, with whole objects unless told otherwise."""
@@ -694,29 +701,27 @@ NVML_C = r"""
 #include <string.h>
 #include <unistd.h>
 /* Says what the file named by NVML_STUB says at each call: "INIT HANG GPUS". INIT is what nvmlInit returns, HANG
-   whether it does; GPUS has a letter for each card, or is - for none: . free, b busy, x lost, l lost after its handle,
-   ? processes not supported, m MIG with two free devices, M with a busy one, s without persistence mode,
-   u neither memory nor persistence mode supported, r needs a reset, e unknown error from all but the name. */
+   whether it does; GPUS has a letter for each card, or is - for none: b busy, x lost, l lost after its handle,
+   ? processes not supported, M processes not permitted, as of a card that MIG splits, r needs a reset, e unknown error
+   from all but the name; any other is free. */
 static __thread int init_code, hang; static __thread char gpus[65];
 static void look(void) {
     FILE *file = fopen(getenv("NVML_STUB"), "r");
     init_code = hang = 0; gpus[0] = 0;
-    if (file) { if (fscanf(file, "%d %d %64[.bxl?mMsure]", &init_code, &hang, gpus) < 3) gpus[0] = 0; fclose(file); }
+    if (file) { if (fscanf(file, "%d %d %64[^-\n]", &init_code, &hang, gpus) < 3) gpus[0] = 0; fclose(file); }
 }
 static char kind(void *device) {
     look();
-    return gpus[((long)device - 1) % 1000];
+    return gpus[(long)device - 1];
 }
 static int fault(void *device) {        /* of any call on this card */
     char c = kind(device);
     return c == 'l' ? 15 : c == 'r' ? 16 : c == 'e' ? 999 : 0;
 }
-static int is_mig_device(void *device) { return (long)device >= 1000; }
 int nvmlInitWithFlags(unsigned flags) { do look(); while (hang && !usleep(20000)); return init_code; }
 int nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
 int nvmlShutdown(void) { return 0; }
 const char *nvmlErrorString(int code) { return "stub error"; }
-int nvmlSystemGetDriverVersion(char *text, unsigned size) { strncpy(text, "550.1", size); return 0; }
 int nvmlDeviceGetCount_v2(unsigned *count) { look(); *count = strlen(gpus); return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
     look();
@@ -728,38 +733,12 @@ int nvmlDeviceGetName(void *device, char *name, unsigned size) {
     snprintf(name, size, "NVIDIA Stub %ld", (long)device - 1);
     return kind(device) == 'l' ? 15 : 0;
 }
-int nvmlDeviceGetUUID(void *device, char *uuid, unsigned size) {
-    snprintf(uuid, size, "GPU-%ld", (long)device - 1);
-    return fault(device);
-}
-int nvmlDeviceGetMemoryInfo(void *device, unsigned long long *memory) {
-    memory[0] = 80ULL << 30;
-    memory[1] = memory[0];
-    memory[2] = 0;
-    return kind(device) == 'u' ? 3 : fault(device);
-}
-int nvmlDeviceGetPersistenceMode(void *device, unsigned *mode) {
-    char c = kind(device);
-    *mode = c != 's';
-    return c == 'u' ? 3 : fault(device);
-}
-int nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending) {
-    char c = kind(device);
-    *current = *pending = c == 'm' || c == 'M';
-    return fault(device);
-}
-int nvmlDeviceGetMaxMigDeviceCount(void *device, unsigned *count) { *count = 7; return fault(device); }
-int nvmlDeviceGetMigDeviceHandleByIndex(void *device, unsigned index, void **mig) {
-    *mig = (void *)((long)device + 1000 * (index + 1));
-    return index < 2 ? 0 : 6;
-}
 static int processes_of(void *device, unsigned *count, void *processes) {
     char c = kind(device);
-    int busy = c == 'b' || (c == 'M' && (long)device >= 2000);
     if (c == '?') return 3;
-    if ((c == 'm' || c == 'M') && !is_mig_device(device)) return 4;
+    if (c == 'M') return 4;
     if (fault(device)) return fault(device);
-    if (!busy) { *count = 0; return 0; }
+    if (c != 'b') { *count = 0; return 0; }
     if (!processes || !*count) { *count = 1; return 7; }
     memset(processes, 0, 24); *count = 1; return 0;
 }
@@ -905,13 +884,10 @@ class SshHost:
                 "--gateway-port", self.gateway.port, *more]
 
     def start(self, *more, **environ):
-        return self.box.start(None, *self.options(*more), **{**self.environ, **environ})
+        return self.box.start(self.gateway, *self.options(*more), **{**self.environ, **environ})
 
     def ready(self, *more, **environ):
-        after, agent = len(self.gateway.seen), self.start(*more, **environ)
-        wait(lambda: self.gateway.ready(after) or agent.poll() is not None, agent.log)
-        assert agent.poll() is None, agent.log()
-        return agent
+        return self.box.ready(self.gateway, *self.options(*more), **{**self.environ, **environ})
 
     def run(self, *more, **environ):
         return self.box.run(*self.options(*more), **{**self.environ, **environ})
@@ -963,17 +939,13 @@ def test_life_says_what_the_gateway_reads_on_one_kept_connection(box, gateway):
     assert agent.facts("Threads") <= 2 and agent.poll() is None
 
 
-def test_life_without_options_uses_names_of_its_own_and_offers_no_cpu(box, gateway):
-    box.ready(gateway)
-    said = gateway.seen[0].json
-    assert re.fullmatch("[0-9a-f]{8}", said["machine_id"]) and said["hostname"] == f"machine-{said['machine_id']}"
-    assert (said["token"], said["cpu"]) == ("", "0m") and re.fullmatch(r"\d+Mi", said["memory"])
-
-
-def test_life_gateway_on_ipv6_is_ready(box):
+def test_life_without_options_on_ipv6_uses_names_of_its_own_and_offers_no_cpu(box):
     with Gateway(host="::1") as gateway:
         agent = box.ready(gateway)
         assert agent.stop() == 0 and gateway.seen[0].headers["Host"] == f"[::1]:{gateway.port}"
+        said = gateway.seen[0].json
+    assert re.fullmatch("[0-9a-f]{8}", said["machine_id"]) and said["hostname"] == f"machine-{said['machine_id']}"
+    assert (said["token"], said["cpu"]) == ("", "0m") and re.fullmatch(r"\d+Mi", said["memory"])
 
 
 @pytest.mark.parametrize("others, ready", [(3500, True), (4000, False)], ids=["3.8-MB", "4.3-MB"])
@@ -983,60 +955,39 @@ def test_registration_answer_of_up_to_4_mebibytes_is_read(box, gateway, others, 
     assert agent.wait(60) == (0 if ready else 69) and (ready or "larger than 4096 KiB" in agent.log()), agent.log()
 
 
-@pytest.mark.slow
-def test_memory_is_back_after_large_configurations(box, gateway):
-    agent = box.ready(gateway)
-    gateway.ready_again()
-    before = agent.facts("VmRSS")
-    gateway.config = configuration(others=3000)
-    for _ in range(4):
-        gateway.forget()
-        gateway.ready_again()
-    assert agent.facts("VmRSS") < before + 8192, "KiB"
-
-
 @pytest.mark.parametrize("config, words", [
     (None, "directRedisHost"), (configuration(mode="local"), "local"), (configuration(provider="ec2"), "ec2")],
     ids=["null", "mode", "provider"])
-def test_registration_that_says_no_work_will_come_is_told_once(box, gateway, config, words):
+def test_registration_that_says_no_work_will_come_is_told_once_and_status_is_1(box, gateway, k3s, config, words):
     gateway.config = config
-    agent = box.ready(gateway)
+    agent = box.offering(gateway, *k3s.options())
+    registered = len(gateway.calls(REGISTER))
     gateway.forget()
-    wait(lambda: len(gateway.calls(REGISTER)) == 2, agent.log)
+    wait(lambda: len(gateway.calls(REGISTER)) > registered, agent.log)
     gateway.ready_again()
     said, = agent.lines("no work will come")
     assert words in said and " WARNING " in said and SECRET not in agent.log()
-
-
-@pytest.mark.slow
-def test_registration_that_takes_longer_than_a_keepalive_may_is_waited_for(box, gateway):
-    gateway.registration_takes = 5.0
-    agent = box.ready(gateway)
-    assert len(gateway.calls(REGISTER)) == 1 and not agent.lines("failed")
+    assert box.run("--status").returncode == 1
 
 
 # ---- Seen from outside: what an answer means
-NEVER, ONCE = [], ["--once"]
-NO_POOL, BAD_PAYLOAD = says(500, {"message": "Invalid pool name"}), says(400, {"message": "Invalid payload"})
+ONCE = ["--once"]
+NO_POOL, TROUBLE = says(500, {"message": "Invalid pool name"}), says(500, {"message": "Failed to register machine"})
 NO_ROUTE, GONE = says(404, {"message": "Not Found"}), says(500, {"message": NOT_FOUND})
 STARTS = {  # exit code (None: goes on), words of the log, options, faults for register and keepalive
     "ok": (0, "ready after", ONCE, None, None),
     "401": (77, "beta9 machine create", ONCE, DENIED, None),
     "401-for-long": (77, "beta9 machine create", ["--startup-timeout", "0.4"], DENIED, None),
     "401-at-first": (None, "401|Unauthorized|refuse", [], DENIED, None),
+    "401-html": (69, "in between", ONCE, html(401), None),
     "403": (77, "beta9 machine create", [], FORBIDDEN, None),
     "403-keepalive": (77, "beta9 machine create", [], None, FORBIDDEN),
     "no-pool": (78, "--pool-name", [], NO_POOL, None),
-    "bad-cpu": (78, "cpu", [], says(500, {"message": "Invalid machine cpu value"}), None),
-    "bad-payload": (78, "Invalid payload", [], BAD_PAYLOAD, None),
     "upstream": (78, "upstream", [], None, NO_ROUTE),
-    "structured-pool": (78, "--pool-name", [], says(400, {"error_code": "invalid_pool", "message": "m"}), None),
-    "structured-token": (77, "beta9 machine create", ONCE, says(401, {"error_code": "invalid_token"}), None),
-    "500": (69, "health", ONCE, says(500, {"message": "Failed to register machine"}), None),
+    "500": (69, "health", ONCE, TROUBLE, None),
     "500-for-long": (69, "500", ["--startup-timeout", "0.4"], says(500), None),
     "500-one-try": (69, "500", ["--startup-timeout", "0"], says(500), None),
     "500-for-ever": (None, "500", [], says(500), None),
-    "502-html": (69, "502", ONCE, html(502), None),
     "portal": (69, "Hotel", ONCE, html(200), None),
     "redirect": (69, "/login", ONCE, says(302, b"", "Location: /login"), None),
     "closed": (69, "127.0.0.1", ONCE, breaks(), None),
@@ -1045,9 +996,7 @@ STARTS = {  # exit code (None: goes on), words of the log, options, faults for r
 }
 
 
-@pytest.mark.parametrize("name", rows(
-    STARTS, "ok", "401", "401-for-long", "401-at-first", "403", "403-keepalive", "no-pool", "upstream", "500",
-    "500-for-ever", "portal", "redirect", "forgotten", "not-ok"))
+@pytest.mark.parametrize("name", STARTS)
 def test_start_answered_so_ends_with_this_exit_code_or_goes_on(box, gateway, name):
     code, words, options, register, keepalive = STARTS[name]
     faults = {REGISTER: register, KEEPALIVE: keepalive}
@@ -1064,12 +1013,6 @@ def test_start_answered_so_ends_with_this_exit_code_or_goes_on(box, gateway, nam
         assert len(gateway.seen) == (1 if faults[REGISTER] else 2), "nothing is tried again"
 
 
-def test_start_nobody_there_ends_with_69_after_startup_timeout(box, gateway):
-    gateway.stop()
-    agent = box.start(gateway, "--startup-timeout", "0.3")
-    assert agent.wait(60) == 69 and "refused" in agent.log()
-
-
 def test_start_gateway_that_comes_late_is_ready(box, gateway):
     gateway.stop()
     agent = box.start(gateway)
@@ -1079,7 +1022,35 @@ def test_start_gateway_that_comes_late_is_ready(box, gateway):
     assert agent.poll() is None
 
 
-JSON_TEXT = "Content-Type: application/json"
+@pytest.mark.parametrize("before, code", [
+    (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", 0), (b"HTTP/1.1 102 Processing\r\n\r\n" * 3, 0),
+    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 199 Odd\r\nX: y\r\n\r\n", 0),
+    (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", 69)], ids=["103", "102", "100-199", "101"])
+def test_answers_before_the_answer_are_skipped(box, gateway, before, code):
+    gateway.always = lambda link: link.sock.sendall(before + link.answer()) is None
+    agent = box.start(gateway, *ONCE)
+    assert agent.wait(60) == code, agent.log()
+    assert code or [link.state for link in gateway.seen] == ["registered", "ready"]
+
+
+def test_life_answers_that_say_forgotten_are_each_followed_by_a_registration_and_a_keepalive(box, gateway):
+    box.ready(gateway)
+    for fault in (GONE, says(404, {"error_code": "machine_not_found", "message": "m", "suggestion": "s"}),
+                  says(410, {"error_code": "machine_expired"}), says(200, {"error_code": "machine_not_found"})):
+        before = len(gateway.seen)
+        gateway.fail(fault)
+        calls = [link.call for link in gateway.seen[before:]]
+        assert calls.count(REGISTER) == 1 and calls[calls.index(REGISTER) + 1] == KEEPALIVE
+
+
+def test_failure_after_the_first_ready_never_ends_the_agent_and_all_is_tried_again(box, gateway):
+    agent = box.ready(gateway, "--startup-timeout", "0")
+    for fault in (DENIED, FORBIDDEN, NO_POOL, NO_ROUTE, html(200), lost):
+        for call in (KEEPALIVE, REGISTER):
+            gateway.fail(fault, fault, call=call)
+    assert agent.poll() is None and agent.stop() == 0
+
+
 ODD = {     # answers to a keepalive of a ready machine; what follows is a keepalive
     "closed": breaks(), "reset": breaks(b"", reset=True),
     "closed-in-status-line": breaks(b"HTTP/1.1 20"),
@@ -1097,83 +1068,16 @@ ODD = {     # answers to a keepalive of a ready machine; what follows is a keepa
     "100-then-closed": breaks(b"HTTP/1.1 100 Continue\r\n\r\n"),
     "gzip-bomb": says(200, gzip.compress(bytes(50 << 20)), "Content-Encoding: gzip"),
     "deflate-broken": says(200, b"\xff\xfe", "Content-Encoding: deflate"),
-    "html": html(200), "empty": says(200), "list": says(200, []), "null": says(200, b"null"),
-    "number": says(200, b"1" * 5000), "binary": says(200, bytes(range(256))), "deep": says(200, b"[" * 60000),
-    "big": says(200, b'{"status": "ok", "a": "' + b"x" * (5 << 20) + b'"}'),
-    "not-ok": says(200, {"status": ["ok"], "machine_state": 5, "config": []}),
+    "number": says(200, b"1" * 5000), "big": says(200, b'{"status": "ok", "a": "' + b"x" * (5 << 20) + b'"}'),
     "204": says(204), "302-big": says(302, b"x" * (5 << 20), "Location: /login"),
     "302-bad-location": says(302, b"", "Location: http://[::1"), "308-no-location": says(308),
-    "400": BAD_PAYLOAD, "401": DENIED, "403": FORBIDDEN, "404": NO_ROUTE, "no-pool": NO_POOL,
-    "429": says(429, {"message": "slow down"}),
-    "429-absurd": says(429, b"", "Retry-After: -1e99"), "429-odd": says(429, b"", "Retry-After: Wed, 99 Foo 2026"),
-    "500": says(500, {"message": "Failed to update keepalive: failed to set machine state x"}), "500-empty": says(500),
-    "502": html(502), "504": html(504), "lost": lost,
+    "502": html(502), "lost": lost,
 }
-FORGETFUL = {   # answers that say that the machine is not known
-    "today": GONE, "structured": says(404, {"error_code": "machine_not_found", "message": "m", "suggestion": "s"}),
-    "expired": says(410, {"error_code": "machine_expired", "message": "m"}),
-    "in-a-200": says(200, {"error_code": "machine_not_found"}),
-}
-BAD_REGISTRATIONS = {**{name: ODD[name] for name in (
-    "closed", "truncated", "html", "null", "400", "401", "403", "404", "no-pool", "429", "500-empty", "502", "lost")},
-    "no-config": says(500, {"message": "Unable to create remote config"})}
-
-
-@pytest.fixture(scope="module")
-def survivor(tmp_path_factory):
-    """A ready agent that many faults happen to, one after another, with its gateway and box."""
-    with Gateway(ttl=6) as gateway, contextlib.closing(Box(tmp_path_factory.mktemp("survivor"))) as box:
-        yield gateway, box.ready(gateway, "--machine-id", ID), box
-
-
-@pytest.fixture
-def ready_again(survivor):
-    """Says what was asked from the fault on until the machine is ready again."""
-    gateway, agent, _ = survivor
-    assert agent.poll() is None, agent.log()
-
-    def calls_after(fault, call):
-        start = len(gateway.seen)
-        gateway.faults[call].append(fault)
-        if call == REGISTER:
-            gateway.forget()
-        wait(lambda: not gateway.faults[call] or agent.poll() is not None, agent.log)
-        gateway.ready_again()
-        assert agent.poll() is None, agent.log()
-        seen = gateway.seen[start:]
-        first = next(index for index, link in enumerate(seen) if link.faulty)
-        return [link.call for link in seen[first:]]
-
-    return calls_after
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ODD)
-def test_life_odd_answer_to_a_keepalive_is_a_failure_and_kept_alive_again(survivor, ready_again, name):
-    """But for a kept connection that ends without a byte, which may count as none."""
-    box = survivor[2]
-    before = box.record()["failed"]
-    assert set(ready_again(ODD[name], KEEPALIVE)) == {KEEPALIVE}
-    if name not in ("closed", "reset", "lost"):
-        wait(lambda: box.record()["failed"] > before, lambda: box.record())
-
-
-@pytest.mark.parametrize("name", FORGETFUL)
-def test_life_answer_that_says_forgotten_is_followed_by_a_registration_and_a_keepalive(ready_again, name):
-    assert ready_again(FORGETFUL[name], KEEPALIVE)[:3] == [KEEPALIVE, REGISTER, KEEPALIVE]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BAD_REGISTRATIONS)
-def test_life_registration_that_fails_is_tried_again_whatever_is_answered(ready_again, name):
-    calls = ready_again(BAD_REGISTRATIONS[name], REGISTER)
-    assert calls[0] == REGISTER and REGISTER in calls[1:] and calls[-1] == KEEPALIVE
-
-
 HANGING = {     # none of these answers ever ends: that there is a next request shows that it was cut
     "silent": silent, "dripping-status-line": drips(b"HTTP", b"/"), "dripping-headers": drips(HEAD, b"X-More: x\r\n"),
     "dripping-header": drips(HEAD + b"X: ", b"x"),
     "dripping-body": drips(HEAD + b'Content-Length: 5000\r\n\r\n{"', b"x"),
+    "dripping-until-closed": drips(HEAD + b"\r\n{", b" "),
     "dripping-chunks": drips(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
     "dripping-redirect": drips(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 5000\r\n\r\n", b"x"),
     "1xx-for-ever": drips(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
@@ -1181,26 +1085,31 @@ HANGING = {     # none of these answers ever ends: that there is a next request 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", rows(HANGING, "dripping-body"))
-def test_life_answer_that_never_ends_is_cut_and_kept_alive_again(survivor, ready_again, name):
-    """A keepalive has 2 s, and a late thread must be gone: the box has one for each request at most."""
-    gateway, agent, _ = survivor
-    assert set(ready_again(HANGING[name], KEEPALIVE)) == {KEEPALIVE}
-    wait(lambda: agent.facts("Threads") <= 2, agent.log)
-    pauses = [two.time - one.time for one, two in zip(gateway.seen, gateway.seen[1:]) if one.faulty]
-    assert 1.5 < pauses[-1] < 8, "it is cut after 2 s"
+def test_life_odd_answers_to_keepalives_are_failures_and_it_is_kept_alive_again(box):
+    """But for a kept connection that ends without a byte, which may count as none."""
+    with Gateway(ttl=6) as gateway:
+        agent = box.ready(gateway)
+        for name, fault in ODD.items():
+            failed = wait(box.record)["failed"]
+            gateway.fail(fault)
+            assert agent.poll() is None and len(gateway.calls(REGISTER)) == 1, f"{name}\n{agent.log()}"
+            wait(lambda: box.record()["failed"] > failed or name in ("closed", "reset", "lost"), name)
+        assert agent.facts("VmHWM") < 128 * 1024, "KiB: none was read on and on"
 
 
-@pytest.mark.slow
-def test_life_trouble_for_long_is_told_in_few_lines(box, gateway):
-    agent = box.ready(gateway)
-    gateway.always = says(500, {"message": "Internal Server Error"})
-    after = len(gateway.seen)
-    wait(lambda: len(gateway.seen) > after + 20, agent.log)
-    gateway.always = None
-    gateway.ready_again()
-    agent.says("ready again")
-    assert 3 < len(agent.lines(" failed")) < 9 and "/health" in agent.log()
+@pytest.mark.parametrize("names, tls", [
+    (["dripping-body"], False), pytest.param(HANGING, False, marks=pytest.mark.slow),
+    pytest.param(HANGING, True, marks=pytest.mark.slow)], ids=["one", "all", "all-by-tls"])
+def test_life_answers_that_never_end_are_cut_and_it_is_kept_alive_again(box, certificates, names, tls):
+    """A keepalive has 2 s, and the thread that was late must be gone: between requests there is one alone."""
+    with Gateway(ttl=60, greet=certificates.server() if tls else None) as gateway:
+        agent = box.ready(gateway, *(tls_options(certificates) if tls else ()))
+        for name in names:
+            gateway.fail(HANGING[name])
+            wait(lambda: agent.facts("Threads") == 1, name)
+            pause = [pause for link, pause in zip(gateway.seen, pauses_of(gateway.seen)) if link.faulty][-1]
+            assert 1.5 < pause < 8, f"{name}: it is cut after 2 s"
+        assert gateway.connections == 1 + len(names) and len(gateway.calls(REGISTER)) == 1
 
 
 # ---- Seen from outside: the schedule
@@ -1216,22 +1125,6 @@ def test_schedule_keepalive_follows_each_registration_at_once_and_forgotten_is_r
     assert max(pauses_of(gateway.seen)) < 0.9, agent.log()
 
 
-@pytest.mark.slow
-def test_schedule_interval_is_kept_with_jitter_around_it(box, gateway):
-    agent = box.ready(gateway, "--keepalive-interval", "0.2")
-    wait(lambda: len(gateway.calls(KEEPALIVE)) > 8, agent.log)
-    pauses = sorted(pauses_of(gateway.calls(KEEPALIVE)[1:]))
-    assert 0.15 < pauses[len(pauses) // 2] < 0.5 and pauses[-1] - pauses[0] > 0.005, pauses
-
-
-@pytest.mark.slow
-def test_schedule_short_ttl_is_kept_by_thirds(box):
-    with Gateway(ttl=1) as gateway:
-        agent = box.ready(gateway, "--keepalive-interval", "60")
-        wait(lambda: len(gateway.calls(KEEPALIVE)) > 4, agent.log)
-        assert len(gateway.calls(REGISTER)) == 1
-
-
 def test_schedule_gateway_back_within_the_ttl_is_only_kept_alive(box, gateway):
     agent = box.ready(gateway)
     agent.says("ready after")
@@ -1242,18 +1135,6 @@ def test_schedule_gateway_back_within_the_ttl_is_only_kept_alive(box, gateway):
     gateway.ready_again()
     agent.says("ready again")
     assert {link.call for link in gateway.seen[after:]} == {KEEPALIVE} and agent.poll() is None
-
-
-@pytest.mark.slow
-def test_schedule_gateway_back_after_the_ttl_is_registered_at_without_asking(box):
-    with Gateway(ttl=1) as gateway:
-        agent = box.ready(gateway)
-        gateway.stop()
-        time.sleep(1.3)
-        after = len(gateway.seen)
-        gateway.start()
-        gateway.ready_again()
-        assert [link.call for link in gateway.seen[after:]][:2] == [REGISTER, KEEPALIVE] and agent.poll() is None
 
 
 @pytest.mark.slow
@@ -1281,61 +1162,101 @@ def test_schedule_half_of_all_answers_lost_stays_registered(box):
         assert len(gateway.calls(REGISTER)) == 1 and agent.poll() is None and len(agent.lines(" failed")) < 12
 
 
-@pytest.mark.slow
-def test_schedule_retry_after_is_obeyed_within_a_quarter_of_the_ttl(box):
-    """With an interval of 0.1 s another try would come after 0.11 s at most."""
-    with Gateway(ttl=4) as gateway:
-        agent = box.ready(gateway)
-        for status, value in ((429, "0.6"), (503, "1"), (503, "99999")):
-            gateway.faults[KEEPALIVE].append(says(status, b"", f"Retry-After: {value}"))
-            wait(lambda: not gateway.faults[KEEPALIVE], agent.log)
-            gateway.ready_again()
-        odd, one, most = [pause for link, pause in zip(gateway.seen, pauses_of(gateway.seen)) if link.faulty]
-        assert odd < 0.95 <= one and 0.95 <= most < 4, "a fraction is no Retry-After"
-        assert len(gateway.calls(REGISTER)) == 1
-
-
-@pytest.mark.slow
-def test_schedule_failures_are_tried_again_with_growing_random_pauses(box, gateway):
-    gateway.always = says(500)
-    agent = box.start(gateway, "--keepalive-interval", "60")
-    wait(lambda: len(gateway.seen) > 6, agent.log, limit=120)
-    pauses = pauses_of(gateway.seen)
-    assert min(pauses) > 0.95 and max(pauses[:3]) < 10 and len({round(pause, 2) for pause in pauses}) > 3, pauses
+def test_registration_that_fails_never_starves_the_lease(box):
+    """A new token while the register route fails, for longer than the TTL."""
+    with Gateway(ttl=2) as gateway:
+        path = box.folder / "k3s"
+        replace(path, K3S_TOKEN)
+        agent = box.ready(gateway, "--k3s-token-file", path)
+        gateway.always = lambda link: (says(500) if link.call == REGISTER else late(0))(link)
+        after = len(gateway.seen)
+        replace(path, SECRET)
+        end = time.monotonic() + 2.5
+        wait(lambda: time.monotonic() > end and len(gateway.seen) > after + 10)
+        calls = [link.call for link in gateway.seen[after:]]
+        assert REGISTER in calls and not any(one == two == REGISTER for one, two in zip(calls, calls[1:])), calls
+        kept = [link for link in gateway.seen if link.call == KEEPALIVE]
+        assert {link.state for link in kept} == {"ready"}, "it was never forgotten"
+        gateway.always = None
+        wait(lambda: gateway.registered("token")[-1] == SECRET and gateway.seen[-1].state == "ready", agent.log)
 
 
 # ---- Seen from outside: offers and k3s
-UNUSABLE = {     # what k3s answers, and words of the log
-    "closed-port": (NOBODY, "k3s"), "redirect": (says(302, b"", "Location: https://127.0.0.1:9/"), "302"),
-    "html": (html(200), "200"), "401": (says(*status_of_k3s(401, "Unauthorized")), "refuse"),
-    "403": (says(*status_of_k3s(403, "no")), "403|may not|forbid"),
-    "500": (says(500, {"message": f"your token is {K3S_TOKEN}"}), "your token is"),
-    "endless": (drips(HEAD + b"\r\n", b" " * 90000, 0), "larger"), "closed": (breaks(), "k3s"),
+def answers(fault):
+    return lambda k3s: setattr(k3s, "always", fault)
+
+
+def has(*nodes):
+    return lambda k3s: setattr(k3s, "nodes", nodes)
+
+
+K3S_TROUBLE = {     # how it is made, and words of the log
+    "closed-port": (K3s.stop, "k3s"), "closed": (answers(breaks()), "k3s"), "hangs": (answers(silent), "in time"),
+    "401": (lambda k3s: k3s.tokens.clear(), "refuse"), "403": (lambda k3s: k3s.forbidden.add("pods"), "forbid"),
+    "500": (answers(says(500, {"message": f"your token is {K3S_TOKEN}"})), "your token is"),
+    "redirect": (answers(says(302, b"", "Location: https://127.0.0.1:9/")), "302"),
+    "html": (answers(html(200)), "200"), "endless": (answers(drips(HEAD + b"\r\n", b" " * 90000, 0)), "larger"),
+    "no-node": (has(), "no node"), "not-ready": (has(K3s.node(ready="False")), "NotReady"),
+    "unknown": (has(K3s.node(ready="Unknown")), "Unknown"), "no-condition": (has(K3s.node(ready=None)), "NotReady"),
+    "cordoned": (has(K3s.node(unschedulable=True)), "kubectl uncordon"),
+    "no-schedule": (has(K3s.node(taints=["NoSchedule"])), "has the taint stub.example/reason:NoSchedule"),
+    "no-execute": (has(K3s.node(taints=["PreferNoSchedule", "NoExecute"])), "kubectl taint node"),
+    "memory": (has(K3s.node(pressure=["MemoryPressure"])), "MemoryPressure"),
+    "disk": (has(K3s.node(pressure=["DiskPressure"])), "DiskPressure"),
+    "pids": (has(K3s.node(pressure=["PIDPressure"])), "PIDPressure"),
+    "this-of-several": (has(K3s.node("other"), K3s.node(ready="False")), "NotReady"),
 }
 
 
-@pytest.mark.parametrize("name", rows(UNUSABLE, "closed-port", "401", "403", "500"))
-def test_k3s_that_answers_so_at_the_start_is_offered_no_cpu_and_hears_the_token_alone(box, gateway, k3s, name):
-    fault, words = UNUSABLE[name]
-    k3s.stop() if fault == NOBODY else None
-    k3s.always = fault if fault != NOBODY else None
+@pytest.mark.parametrize("name", rows(
+    K3S_TROUBLE, "closed-port", "401", "403", "500", "no-node", "not-ready", "cordoned", "no-execute", "disk"))
+def test_k3s_in_trouble_is_offered_no_cpu_with_its_reason_and_hears_its_own_token_alone(box, gateway, k3s, name):
+    make, words = K3S_TROUBLE[name]
+    make(k3s)
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         agent = box.ready(gateway, *k3s.options(), https_proxy=f"http://127.0.0.1:{proxy.getsockname()[1]}")
-        wait(lambda: re.search(words, agent.log()), agent.log)
-        wait(lambda: len(gateway.calls(KEEPALIVE)) > 2, agent.log)
-        assert set(gateway.registered("cpu")) == {"0m"} and gateway.registered("token")[0] == K3S_TOKEN
-        assert {link.bearer for link in k3s.seen} <= {K3S_TOKEN} and TOKEN not in str(k3s.seen)
-        assert leaks(agent.log(), K3S_TOKEN, TOKEN) == []
+        wait(lambda: words in agent.log(), agent.log)
+        gateway.ready_again()
         proxy.settimeout(0)
         with pytest.raises(BlockingIOError):
             proxy.accept()
+    assert set(gateway.registered("cpu")) == {"0m"} and gateway.registered("token")[0] == K3S_TOKEN
+    assert {link.bearer for link in k3s.seen} <= {K3S_TOKEN} and leaks(agent.log(), K3S_TOKEN, TOKEN) == []
+    done = box.run("--status")
+    assert done.returncode == 1 and words in " ".join(done.stdout.split()), done.stdout
 
 
-def test_k3s_that_is_usable_has_all_offered_and_its_running_workers_counted(box, gateway, k3s):
+def test_k3s_that_is_usable_but_has_no_hostname_for_the_gateway_is_told(box, gateway, k3s):
+    words = k3s.options()
+    at_word = words.index("--hostname")
+    agent = box.ready(gateway, *words[:at_word], *words[at_word + 2:])
+    agent.says("--hostname is missing")
+
+
+def test_k3s_one_bad_look_with_a_new_token_is_not_believed(k3s):
+    watch = b9.K3sWatch(config_of(*k3s.options()), ID)
+    wait(lambda: watch.look().fault == "", "k3s is usable")
+    k3s.always, watch.config.k3s_token = html(503), b9.Secret("another-token-1")
+    assert watch.look().fault == ""
+
+    def look_again():
+        watch.due = -math.inf
+        return watch.look().fault
+
+    wait(look_again, "a second bad look is believed")
+    watch.http.close()
+
+
+def test_k3s_not_seen_yet_is_no_fault_with_offer_always():
+    assert "not seen yet" in b9.K3sWatch(CONFIG, ID).view.fault
+    view = b9.K3sWatch(config_of("--offer-always"), ID).view
+    assert view.fault == "" and "not seen yet" in view.notice
+
+
+def test_k3s_that_is_usable_has_all_offered_its_running_workers_counted_and_a_stuck_one_told(box, gateway, k3s):
     k3s.pods = [("w-1", "Running", "5m2s"), ("w-2", "Pending", "10s"), ("w-3", "Running", "2d3h"),
-                ("w-4", "Completed", "9m")]
-    agent = box.ready(gateway, *k3s.options())
-    wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
+                ("w-4", "Completed", "9m"), ("w-5", "ImagePullBackOff", "3m")]
+    agent = box.offering(gateway, *k3s.options())
     wait(lambda: gateway.ready_again().json["metrics"].get("worker_count") == 2, agent.log)
     pods = k3s.calls("pods")[0]
     assert pods.bearer == K3S_TOKEN and pods.path == "/api/v1/namespaces/default/pods"
@@ -1343,7 +1264,29 @@ def test_k3s_that_is_usable_has_all_offered_and_its_running_workers_counted(box,
     assert query["includeObject"] == "None", "else each pod's settings would come along"
     machine_id = gateway.seen[0].json["machine_id"]
     assert query["labelSelector"] == f"run.beam.cloud/role=worker,run.beam.cloud/machine-id={machine_id}"
-    agent.says("w-1")
+    agent.says("w-1", "WARNING worker w-5 cannot run, ImagePullBackOff")
+    assert "w-4" not in agent.log(), "it has ended"
+    done = box.run("--status")
+    assert done.returncode == 0 and "worker w-5 cannot run, ImagePullBackOff" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("nodes, forbidden", [
+    ([K3s.node("other")], set()), ([K3s.node("a", ready="False"), K3s.node("b")], set()), ([], {"nodes"}),
+    ([K3s.node(taints=["PreferNoSchedule"])], set())], ids=["only-one", "several-others", "forbidden", "prefer"])
+def test_node_that_takes_pods_or_may_not_be_read_is_offered_all(box, gateway, k3s, nodes, forbidden):
+    k3s.nodes, k3s.forbidden = nodes, forbidden
+    agent = box.offering(gateway, *k3s.options())
+    assert {link.call for link in k3s.seen} == {"pods", "nodes"}, "two requests are all that is asked"
+    done = box.run("--status")
+    assert done.returncode == 0 and (not forbidden or "may not read it" in agent.log())
+
+
+def test_node_of_less_than_is_here_caps_the_offer(box, gateway, k3s, driver):
+    driver.say("...")
+    k3s.nodes = [K3s.node(cpu="500m", memory="716800Ki", gpu="2")]
+    box.offering(gateway, *k3s.options(), **driver.environ)
+    said = gateway.calls(REGISTER)[-1].json
+    assert (said["cpu"], said["memory"], said["gpu_count"]) == ("500m", "700Mi", "2")
 
 
 def test_k3s_with_a_foreign_certificate_gets_no_byte_of_the_token(box, gateway, certificates):
@@ -1356,11 +1299,37 @@ def test_k3s_with_a_foreign_certificate_gets_no_byte_of_the_token(box, gateway, 
 
 def test_k3s_without_a_ca_gets_a_handshake_and_no_token_and_counts_as_usable(box, gateway, certificates):
     with K3s(certificates, "others") as k3s:
-        options = [word for word in k3s.options() if word not in ("--k3s-ca-file", certificates.path())]
-        agent = box.ready(gateway, *options)
-        wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
+        box.offering(gateway, *k3s.options()[:-2])
         assert k3s.seen == [] and k3s.heard and not any(K3S_TOKEN.encode() in data for data in k3s.heard)
         assert "worker_count" not in gateway.ready_again().json["metrics"]
+        assert "k3s        not asked" in box.run("--status").stdout
+
+
+@pytest.mark.slow
+def test_k3s_files_that_come_late_or_anew_are_used_within_seconds_whatever_the_interval(box, k3s):
+    token, ca, old = box.folder / "k3s-token", box.folder / "ca.crt", "old-" + K3S_TOKEN
+    k3s.tokens = {old}
+    with Gateway(ttl=86400) as gateway:
+        agent = box.ready(gateway, *k3s.options()[2:-2], "--k3s-token-file", token, "--k3s-ca-file", ca,
+                          "--keepalive-interval", "240")
+        assert (gateway.registered("token"), gateway.registered("cpu")) == ([""], ["0m"])
+        agent.says(str(token))
+        replace(token, old)
+        wait(lambda: gateway.registered("token")[-1] == old, agent.log)
+        assert k3s.seen == [] and not k3s.heard, "no CA: not a byte"
+        replace(ca, pathlib.Path(k3s.certificates.path()).read_text())
+        wait(gateway.is_offered_cpu, agent.log)
+        k3s.tokens = {K3S_TOKEN}
+        wait(lambda: not gateway.is_offered_cpu(), agent.log)
+        replace(token, K3S_TOKEN)
+        start = time.monotonic()
+        wait(lambda: gateway.registered("token")[-1] == K3S_TOKEN and gateway.is_offered_cpu(), agent.log)
+        wait(lambda: gateway.seen[-1].state == "ready", agent.log)
+        assert time.monotonic() - start < 22, "a keepalive alone may be due after 24 s at the soonest"
+        offered_at = gateway.calls(REGISTER)[-1].time
+        looks = [link for link in k3s.calls("pods") if link.bearer == K3S_TOKEN and link.time < offered_at]
+        assert len(looks) == 1, "the first good one with a new token counts"
+        assert agent.poll() is None and leaks(agent.log(), K3S_TOKEN) == []
 
 
 def test_k3s_that_is_unusable_is_offered_all_the_same_with_offer_always(box, gateway, k3s):
@@ -1370,88 +1339,103 @@ def test_k3s_that_is_unusable_is_offered_all_the_same_with_offer_always(box, gat
 
 
 @pytest.mark.slow
-def test_k3s_that_hangs_holds_no_keepalive_up(box, gateway, certificates):
-    """It may delay the first by 1 s; nothing here waits for its own deadline of 5 s."""
+@pytest.mark.parametrize("with_ca", [True, False], ids=["with-ca", "without-ca"])
+def test_k3s_that_hangs_in_its_handshake_holds_nothing_up_and_is_told_after_5_s(box, gateway, certificates, with_ca):
+    """It may delay the first keepalive by 1 s; nothing else waits for it."""
     with K3s(certificates, greet=SILENT) as k3s:
-        agent = box.ready(gateway, *k3s.options())
-        wait(lambda: len(gateway.calls(KEEPALIVE)) > 5, agent.log)
-        assert gateway.registered("cpu") == ["0m"] and max(pauses_of(gateway.seen)) < 4
-        start = time.monotonic()
-        assert agent.stop() == 0 and time.monotonic() - start < 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("greet, with_ca", [(SILENT, True), (SILENT, False), (None, True)],
-                         ids=["handshake", "handshake-without-ca", "answer"])
-def test_k3s_that_hangs_is_told_after_its_deadline_of_5_s(box, gateway, certificates, greet, with_ca):
-    with K3s(certificates, greet=greet) as k3s:
-        k3s.always = drips(HEAD, b"X: y\r\n")
-        start = time.monotonic()
         agent = box.ready(gateway, *(k3s.options() if with_ca else k3s.options()[:-2]))
+        wait(lambda: len(gateway.calls(KEEPALIVE)) > 5, agent.log)
+        assert max(pauses_of(gateway.seen)) < 4
         wait(lambda: agent.lines("in time"), agent.log)
-        assert time.monotonic() - start < 20 and gateway.registered("cpu") == ["0m"]
-
-
-LATER = {       # what happens to a k3s that was usable: believed at once, or after two looks that agree
-    "401": (True, lambda k3s: k3s.tokens.clear(), lambda k3s: k3s.tokens.add(K3S_TOKEN)),
-    "403": (True, lambda k3s: k3s.forbidden.update(("pods", "selfsubjectrulesreviews")),
-            lambda k3s: k3s.forbidden.clear()),
-    "500": (False, lambda k3s: setattr(k3s, "always", says(500)), lambda k3s: setattr(k3s, "always", None)),
-    "away": (False, lambda k3s: k3s.stop(), lambda k3s: k3s.start()),
-    "hangs": (False, lambda k3s: setattr(k3s, "always", silent), lambda k3s: setattr(k3s, "always", None)),
-}
-
-
-class Scene:
-    """One agent with a gateway and a k3s of its own, beside others of its kind."""
-
-    def __init__(self, stack, folder, certificates, *options, **environ):
-        self.gateway, self.k3s = (stack.enter_context(one) for one in (Gateway(), K3s(certificates)))
-        self.box = stack.enter_context(contextlib.closing(Box(folder)))
-        self.agent = self.box.start(self.gateway, *self.k3s.options(*options), **environ)
-
-    def offers_cpu(self):
-        return self.gateway.registered("cpu")[-1:] not in ([], ["0m"])
-
-    def wait_for(self, name, cpu):
-        wait(lambda: self.offers_cpu() is cpu, lambda: f"{name}: CPU {cpu}\n{self.agent.log()}")
-        self.gateway.ready_again()
-
-
-def scenes(stack, folders, certificates, rows):
-    """A scene for each row, all begun and with CPU on offer."""
-    made = {name: Scene(stack, folders.mktemp("scene"), certificates) for name in rows}
-    for name, scene in made.items():
-        scene.wait_for(name, True)
-    return made
+        assert gateway.registered("cpu") == ["0m"] and agent.stop(within=4) == 0
 
 
 @pytest.mark.slow
-def test_k3s_that_fails_later_is_offered_no_cpu_and_all_again_when_it_is_back(tmp_path_factory, certificates):
-    with contextlib.ExitStack() as stack:
-        made = scenes(stack, tmp_path_factory, certificates, LATER)
-        for name, (_, breaks_down, _) in LATER.items():
-            breaks_down(made[name].k3s)
-        for name, scene in made.items():
-            scene.wait_for(name, False)
-        for name, (_, _, recovers) in LATER.items():
-            recovers(made[name].k3s)
-        for name, scene in made.items():
-            scene.wait_for(name, True)
-            assert scene.agent.poll() is None and leaks(scene.agent.log(), K3S_TOKEN) == []
+@pytest.mark.parametrize("name, call, at_once", [
+    ("closed-port", None, False), ("hangs", None, False), ("401", "pods", True), ("403", "pods", True),
+    ("cordoned", "nodes", False)])
+def test_k3s_in_trouble_later_counts_after_two_looks_or_at_once_and_not_when_it_is_mended(
+        box, gateway, k3s, name, call, at_once):
+    """`call` is the request that shows it, where it can be counted."""
+    agent = box.offering(gateway, *k3s.options())
+    before = len(k3s.seen)
+    K3S_TROUBLE[name][0](k3s)
+    wait(lambda: not gateway.is_offered_cpu(), agent.log)
+    looks = [link.call for link in k3s.seen[before:] if link.time < gateway.calls(REGISTER)[-1].time].count(call)
+    assert call is None or (looks == 1 if at_once else looks >= 2), f"it was believed after {looks}"
+    gateway.ready_again()
+    k3s.tokens, k3s.nodes, k3s.forbidden, k3s.always = {K3S_TOKEN}, [K3s.node()], set(), None
+    if name == "closed-port":
+        k3s.start()
+    wait(gateway.is_offered_cpu, agent.log)
+    gateway.ready_again()
 
 
 @pytest.mark.slow
-def test_k3s_that_fails_in_one_look_alone_changes_nothing(box, gateway, k3s):
-    agent = box.ready(gateway, *k3s.options())
-    wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
+@pytest.mark.parametrize("call, fault", [("pods", says(500)), ("nodes", says(200, {
+    "kind": "NodeList", "apiVersion": "v1", "items": [K3s.node(ready="False")]}))], ids=["pods", "nodes"])
+def test_k3s_in_trouble_in_one_look_alone_changes_nothing(box, gateway, k3s, call, fault):
+    agent = box.offering(gateway, *k3s.options())
     registered = len(gateway.calls(REGISTER))
-    for call in ("selfsubjectrulesreviews", "pods"):
-        k3s.faults[call].append(says(500))
-    wait(lambda: k3s.seen[-1].faulty, agent.log)
-    k3s.faults.clear()
+    k3s.faults[call].append(fault)
+    wait(lambda: not k3s.faults[call], agent.log)
     k3s.looked(2)
+    gateway.ready_again()
     assert len(gateway.calls(REGISTER)) == registered, agent.log()
+
+
+def test_pods_that_are_many_with_hostile_names_are_redacted_printable_and_bounded(box, gateway, k3s):
+    odd = "\x1b[2J\x07\x9b" + K3S_TOKEN + "é" * 200
+    k3s.pods = [(f"w-{number}-{odd}", f"Running{odd}", "1s") for number in range(110)] + [(TOKEN, "Running", "1s")]
+    agent = box.ready(gateway, *k3s.options("--max-cpu", "1"))
+    agent.says("w-1")
+    wait(lambda: gateway.ready_again().json["metrics"].get("worker_count") is not None, agent.log)
+    record = box.record()
+    assert len(record["k3s"]["workers"]) == 50 and record["k3s"]["worker_count"] == 111
+    path, = box.state.glob("*status.json")
+    assert path.stat().st_size < 65536
+    shown = agent.log() + json.dumps(record, ensure_ascii=False) + "".join(
+        box.run("--status", *form).stdout for form in ([], ["--json"]))
+    assert leaks(shown, TOKEN, K3S_TOKEN) == []
+    assert [line for line in shown.splitlines() if not line.isprintable()] == []
+    assert len(agent.lines("w-1")) == 1 and max(map(len, agent.log().splitlines())) < 4200, "one line for all"
+
+
+def test_gpu_lost_lowers_the_count_without_cpu_and_more_of_them_are_registered(box, gateway, k3s, driver):
+    driver.say("..")
+    k3s.pods = [("w-1", "Running", "1m")]
+    k3s.nodes = [K3s.node(gpu="4")]
+    agent = box.offering(gateway, *k3s.options(), **driver.environ)
+    driver.say(".b")
+    wait(lambda: free_counts(gateway)[-1] == 1, agent.log)
+    driver.say(".x")
+    wait(lambda: gateway.registered("gpu_count")[-1] == "1", agent.log)
+    gateway.ready_again()
+    counts, cpus = gateway.registered("gpu_count"), gateway.registered("cpu")
+    assert counts[-2:] == ["2", "1"] and cpus[-2] != "0m" and cpus[-1] == "0m"
+    assert box.run("--status").returncode == 1 and "nvidia-smi" in agent.log()
+    driver.say("...")
+    wait(lambda: gateway.registered("gpu_count")[-1] == "3" and free_counts(gateway)[-1] == 3, agent.log)
+    assert gateway.is_offered_cpu()
+
+
+def free_counts(gateway):
+    return [link.json["metrics"]["free_gpu_count"] for link in gateway.calls(KEEPALIVE)]
+
+
+def test_gpu_lost_while_the_register_route_fails_sends_no_keepalive_until_it_is_confirmed(box, gateway, k3s, driver):
+    """A machine that must take no work rather lapses."""
+    driver.say("..")
+    k3s.nodes = [K3s.node(gpu="2")]
+    agent = box.offering(gateway, *k3s.options(), **driver.environ)
+    gateway.ready_again()
+    gateway.faults[REGISTER].extend([says(500)] * 6)
+    driver.say(".x")
+    wait(lambda: not gateway.faults[REGISTER], agent.log)
+    gateway.ready_again()
+    failed = [index for index, link in enumerate(gateway.seen) if link.faulty]
+    assert {link.call for link in gateway.seen[failed[0]:failed[-1] + 1]} == {REGISTER}
+    assert gateway.registered("gpu_count")[-1] == "1" and gateway.registered("cpu")[-1] == "0m"
 
 
 # ---- Seen from outside: token files
@@ -1486,41 +1470,23 @@ def test_token_file_spoilt_later_leaves_the_last_token_in_use_with_few_warnings(
         path.unlink() if content is None else replace(path, content)
         gateway.ready_again()
         gateway.ready_again()
-    path.with_suffix(".fifo").unlink(True)
     os.mkfifo(path)
     gateway.ready_again()
     gateway.ready_again()
     assert {link.bearer for link in gateway.seen} == {TOKEN} and agent.poll() is None
-    assert 1 <= len(agent.lines(f"WARNING no token in {path}", f"token file '{path}'", f"{path}")) < 9
+    assert 1 <= len(agent.lines(str(path))) < 9
     path.unlink()
     gateway.token = "new-" + TOKEN
     replace(path, "new-" + TOKEN)
     wait(lambda: gateway.seen[-1].bearer == "new-" + TOKEN, agent.log)
 
 
-@pytest.mark.slow
-def test_k3s_token_file_rotated_is_registered_within_seconds_also_with_a_long_interval(box, gateway):
-    path = box.folder / "k3s"
-    replace(path, K3S_TOKEN)
-    agent = box.ready(gateway, "--k3s-token-file", path, "--keepalive-interval", "240")
-    replace(path, SECRET)
-    start = time.monotonic()
-    wait(lambda: gateway.registered("token")[-1] == SECRET, agent.log)
-    wait(lambda: gateway.seen[-1].state == "ready", agent.log)
-    assert time.monotonic() - start < 15, "a first keepalive may be due after 24 s at the soonest"
-
-
 # ---- Seen from outside: no token where people look
-def forms(*secrets):
-    return " ".join(form for secret in secrets for form in (
-        secret, urllib.parse.quote(secret, ""), base64.b64encode(secret.encode()).decode()))
-
-
 def test_tokens_and_configuration_are_in_no_log_line_record_or_status(box, gateway):
     """Whatever is echoed, at debug level, and also a token that was replaced."""
     token = box.folder / "token"
     replace(token, TOKEN)
-    echo = forms(TOKEN, K3S_TOKEN)
+    echo = " ".join(forms(TOKEN, K3S_TOKEN))
 
     def with_echo(link):
         answer = json.loads(link.answer().partition(b"\r\n\r\n")[2])
@@ -1544,7 +1510,7 @@ def test_tokens_and_configuration_are_in_no_log_line_record_or_status(box, gatew
         gateway.token = new
         replace(token, new)
         wait(lambda: gateway.seen[-1].bearer == new, agent.log)
-        gateway.faults[KEEPALIVE].append(says(500, {"message": forms(new, TOKEN)}))
+        gateway.faults[KEEPALIVE].append(says(500, {"message": " ".join(forms(new, TOKEN))}))
         gateway.forget()
         wait(lambda: not gateway.faults[KEEPALIVE], agent.log)
         gateway.ready_again()
@@ -1553,21 +1519,24 @@ def test_tokens_and_configuration_are_in_no_log_line_record_or_status(box, gatew
     assert leaks(said, TOKEN, new, K3S_TOKEN, SECRET) == []
 
 
-def test_tokens_are_not_in_dry_run_or_the_environment_of_a_child(box):
-    done = box.run("--dry-run", "--debug", "--k3s-token", K3S_TOKEN, "--pool-name", TOKEN[:20])
-    assert done.returncode in (0, 2) and leaks(done.stdout + done.stderr, TOKEN, K3S_TOKEN) == []
-    assert "Traceback" not in done.stderr
+def test_token_that_an_answer_echoes_where_it_is_cut_is_not_shown_in_part(box, gateway):
+    page = "x" * 268 + TOKEN + "x" * 280
+    gateway.faults[REGISTER].append(lambda link: link.sock.sendall(http_answer(502, page)))
+    done = box.start(gateway, "--once")
+    assert done.wait(60) == 69 and "xxx" in done.log() and TOKEN[:6] not in done.log(), done.log()
 
 
-def test_words_of_the_gateway_are_printed_visibly_and_short(box, gateway):
-    gateway.always = says(500, {"message": "\x1b[2J\x1b]0;x\x07\r\n\u202e" + "A" * 3000})
-    agent = box.start(gateway, "--debug")
-    wait(lambda: len(gateway.seen) > 2, agent.log)
-    gateway.always = None
-    wait(gateway.ready, agent.log)
-    assert [line for line in agent.log().splitlines() if not line.isprintable()] == [] and r"\x1b[2J" in agent.log()
-    told = "\n".join(agent.lines(" WARNING ", " ERROR "))
-    assert max(map(len, re.findall("A+", told))) <= 500
+def test_words_of_the_gateway_are_printed_visibly_and_short_and_stay_in_the_status_of_systemd(box, gateway):
+    gateway.always = says(500, {"message": f"no\nMAINPID=1\nSTOPPING=1\x1b[2J\x07\r\n\u202e{TOKEN}" + "A" * 3000})
+    with Notify(box.folder / "notify") as systemd:
+        agent = box.start(gateway, "--debug", NOTIFY_SOCKET=systemd.path)
+        wait(lambda: len(gateway.seen) > 4 and systemd.status(), agent.log)
+        agent.stop(signal.SIGKILL)
+        heard = systemd.heard()
+    lines = agent.log().splitlines() + heard
+    assert [line for line in lines if line.startswith(("MAINPID", "STOPPING")) or not line.isprintable()] == []
+    assert r"\x1b[2J" in agent.log() and leaks("".join(lines), TOKEN) == []
+    assert max(len(line) for line in lines if " DEBUG " not in line) <= 700
 
 
 # ---- Seen from outside: signals
@@ -1575,8 +1544,7 @@ def test_words_of_the_gateway_are_printed_visibly_and_short(box, gateway):
 def test_stop_while_idle_registers_once_more_and_ends_with_0(box, gateway, number):
     agent = box.ready(gateway, "--keepalive-interval", "60")
     agent.says("ready after")
-    start = time.monotonic()
-    assert agent.stop(number) == 0 and time.monotonic() - start < 3
+    assert agent.stop(number, within=3) == 0
     assert [link.state for link in gateway.seen] == ["registered", "ready", "registered"]
     assert gateway.connections == 1 and "stopping" in agent.log() and "Traceback" not in agent.log()
 
@@ -1587,59 +1555,23 @@ def test_stop_while_a_request_hangs_cuts_it_and_is_no_failure(box, gateway, call
     gateway.faults[calls[-1]].append(silent)
     agent = box.start(gateway, "--keepalive-interval", "60", *options)
     wait(lambda: len(gateway.seen) == len(calls), agent.log)
-    start = time.monotonic()
-    assert agent.stop() == 0 and time.monotonic() - start < 6, "it would hang for 10 s"
+    assert agent.stop(within=6) == 0, "it would hang for 10 s"
     assert [link.call for link in gateway.seen] == calls and "giving up" not in agent.log(), "it never was ready"
 
 
-@pytest.mark.slow
-def test_stop_while_a_keepalive_of_a_ready_machine_hangs_sends_nothing_more(box, gateway):
+@pytest.mark.parametrize("fault", [says(500), silent], ids=["failed", "hangs"])
+def test_stop_after_a_keepalive_that_failed_or_while_it_hangs_sends_nothing_more(box, gateway, fault):
     agent = box.ready(gateway)
-    gateway.always = silent
-    wait(lambda: gateway.seen[-1].faulty, agent.log)
+    gateway.always = fault
+    wait(lambda: gateway.seen[-1 if fault is silent else -2].faulty, agent.log)
     assert agent.stop() == 0 and {link.call for link in gateway.seen if link.faulty} == {KEEPALIVE}
 
 
-@pytest.mark.slow
-def test_stop_while_connecting_ends(box):
-    with full_port() as port:
-        agent = box.start(port, "--keepalive-interval", "60", "--debug")
-        agent.says("POST")
-        time.sleep(0.3)
-        start = time.monotonic()
-        assert agent.stop() == 0 and time.monotonic() - start < 6, agent.log()
-
-
-@contextlib.contextmanager
-def full_port(host="127.0.0.1", port=0):
-    """A port that swallows packets: its queue is full, so further connections hang."""
-    with socket.create_server((host, port), backlog=0) as full, contextlib.ExitStack() as stack:
-        for _ in range(4):
-            sock = stack.enter_context(socket.socket())
-            sock.setblocking(False)
-            sock.connect_ex(full.getsockname())
-        yield full.getsockname()[1]
-
-
-def test_stop_after_a_failed_request_sends_nothing_more(box, gateway):
-    agent = box.ready(gateway)
-    gateway.always = says(500)
-    wait(lambda: gateway.seen[-2].faulty, agent.log)
-    assert agent.stop() == 0 and {link.call for link in gateway.seen if link.faulty} == {KEEPALIVE}
-
-
-def test_stop_last_registration_that_is_refused_is_silent(box, gateway):
+@pytest.mark.parametrize("answer", [NO_POOL, pytest.param(late(4), marks=pytest.mark.slow)], ids=["refused", "late"])
+def test_stop_whose_registration_is_refused_or_answered_late_is_silent_and_does_not_wait(box, gateway, answer):
     agent = box.ready(gateway, "--keepalive-interval", "60")
-    gateway.faults[REGISTER].append(NO_POOL)
-    assert agent.stop() == 0 and "Invalid" not in agent.log() and gateway.seen[-1].faulty
-
-
-@pytest.mark.slow
-def test_stop_last_registration_that_is_answered_late_is_not_waited_for(box, gateway):
-    agent = box.ready(gateway, "--keepalive-interval", "60")
-    gateway.registration_takes = 4.0
-    start = time.monotonic()
-    assert agent.stop() == 0 and time.monotonic() - start < 3.9 and gateway.seen[-1].call == REGISTER
+    gateway.faults[REGISTER].append(answer)
+    assert agent.stop(within=3.9) == 0 and "failed" not in agent.log() and gateway.seen[-1].faulty
 
 
 def test_stop_twice_ends_at_once(box, gateway):
@@ -1742,14 +1674,30 @@ def test_connection_to_a_name_that_turns_public_is_refused_until_it_is_private_a
     assert agent.poll() is None and "giving up" not in agent.log()
 
 
+@contextlib.contextmanager
+def full_port(host="127.0.0.1", port=0):
+    """A port that swallows packets: its queue is full, so further connections hang."""
+    with socket.create_server((host, port), backlog=0) as full, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        yield full.getsockname()[1]
+
+
 @pytest.mark.slow
-def test_connection_in_cleartext_to_a_public_address_ends_with_2_or_69(box, gateway, names):
-    for host in ("203.0.113.7", "2001:db8::7"):
-        done = box.run("--gateway-host", host)
-        assert done.returncode == 2 and "--allow-cleartext" in done.stderr and "Traceback" not in done.stderr
-    names.tell(gw=["203.0.113.7"])
-    done = box.run("--gateway-host", "gw", "--startup-timeout", "0.2", **names.environ)
-    assert done.returncode == 69 and "--tls" in done.stderr and gateway.connections == 0
+def test_connection_whose_first_address_swallows_packets_takes_2_5_s_and_no_time_later(box, gateway, names):
+    """Nor does a registration fail that takes the gateway 5 s."""
+    names.tell(gw=["127.0.0.2", "127.0.0.1"])
+    gateway.registration_takes = 5.0
+    with full_port("127.0.0.2", gateway.port):
+        start = time.monotonic()
+        agent = box.ready(gateway, "--gateway-host", "gw", **names.environ)
+        assert time.monotonic() - start < 15 and len(gateway.calls(REGISTER)) == 1 and not agent.lines("failed")
+        gateway.drop()
+        start = time.monotonic()
+        gateway.ready_again()
+        assert time.monotonic() - start < 2, "the address that worked comes first"
 
 
 @pytest.mark.slow
@@ -1757,77 +1705,76 @@ def test_name_server_that_is_late_is_named_and_its_late_answer_used(box, gateway
     names.tell(gw=["127.0.0.1"])
     agent = box.ready(gateway, "--gateway-host", "gw", **names.environ)
     names.tell(2.3, gw=["127.0.0.1"])       # a keepalive has 2 s
-    gateway.stop()
-    agent.says("refused")
-    gateway.start()
+    gateway.drop()
     agent.says("name server")
     gateway.ready_again()
     names.tell(3600, gw=["127.0.0.1"])
-    start = time.monotonic()
-    assert agent.stop() == 0 and time.monotonic() - start < 5 and gateway.seen[-1].call == REGISTER
+    assert agent.stop(within=5) == 0 and gateway.seen[-1].call == REGISTER
 
 
 @pytest.mark.slow
-def test_name_server_that_hangs_at_the_start_does_not_hold_a_stop(box, gateway, names):
-    names.tell(3600, gw=["127.0.0.1"])
-    agent = box.start(gateway, "--gateway-host", "gw", "--debug", **names.environ)
-    agent.says("POST")
-    start = time.monotonic()
-    assert agent.stop() == 0 and time.monotonic() - start < 6, agent.log()
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_kept_connection_that_ends_every_second_time_counts_no_failure(box, gateway, reset):
+    def every_second(link):
+        kept = [other for other in gateway.seen if other.connection == link.connection]
+        return breaks(b"", reset)(link) if len(kept) == 2 else late(0)(link)
+
+    gateway.always = every_second
+    agent = box.ready(gateway)
+    wait(lambda: len(gateway.seen) > 20, agent.log)
+    gateway.always = None
+    gateway.ready_again()
+    assert gateway.connections > 5 and not agent.lines("failed", "ready again"), agent.log()
+    assert len(gateway.calls(REGISTER)) == 1 and json.loads(box.run("--status", "--json").stdout)["failed"] == 0
+
+
+@pytest.mark.parametrize("faults", [[breaks(b"HTTP/1.1 20")], [breaks(), breaks()]], ids=["within-an-answer", "twice"])
+def test_kept_connection_that_ends_within_an_answer_or_twice_is_a_failure(box, gateway, faults):
+    agent = box.ready(gateway)
+    gateway.faults[KEEPALIVE].extend(faults)
+    agent.says("failed", "ready again")
+    assert len([link for link in gateway.seen if link.faulty]) == len(faults), "it is tried once more and no oftener"
 
 
 def tls_options(certificates, root="ca", host="127.0.0.1"):
     return ["--tls", "--gateway-host", host, *(["--ca-file", certificates.path(root)] if root else [])]
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
-def test_tls_verified_against_the_given_root_is_ready_on_one_connection(box, certificates, host):
-    with Gateway(greet=certificates.server()) as gateway:
+@pytest.mark.parametrize("host, certificate", [("localhost", "good"), ("127.0.0.1", "good"),
+                                               ("127.0.0.1", "no-key-id")])
+def test_tls_verified_against_the_given_root_is_ready_on_one_connection(box, certificates, host, certificate):
+    """Also without a key identifier, which Python 3.13's own defaults refuse."""
+    with Gateway(greet=certificates.server(certificate)) as gateway:
         agent = box.ready(gateway, *tls_options(certificates, host=host))
         assert agent.stop() == 0 and gateway.seen[-1].call == REGISTER and gateway.connections == 1
         assert gateway.seen[0].headers["Host"] == f"{host}:{gateway.port}" and b"POST" not in gateway.heard[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", HANGING)
-def test_tls_answer_that_never_ends_is_cut_and_kept_alive_again(box, certificates, name):
-    with Gateway(greet=certificates.server(), ttl=60) as gateway:
-        agent = box.ready(gateway, *tls_options(certificates))
-        gateway.faults[KEEPALIVE].append(HANGING[name])
-        wait(lambda: not gateway.faults[KEEPALIVE], agent.log)
-        gateway.ready_again()
-        assert gateway.connections == 2 and len(gateway.calls(REGISTER)) == 1 and agent.facts("Threads") <= 2
-
-
-TLS_FAULTS = {      # the certificate or greeting, the root that is given, words of the message
-    "expired": ("expired", "ca", "(?i)expired|not valid now"), "future": ("future", "ca", "(?i)not (yet )?valid"),
-    "wrong-name": ("wrong-name", "ca", "(?i)is not for|mismatch|not match|not valid for"),
-    "unknown-issuer": ("good", "others", "(?i)issuer.*--ca-file"),
-    "unknown-to-requests": ("good", None, "(?i)issuer.*--ca-file"),
-    "self-signed": ("others", "ca", "(?i)(issuer|self.signed).*--ca-file"),
-    "cleartext": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "ca", "TLS"), "closes": (NOBODY, "ca", "TLS|connection"),
+TLS_FAULTS = {      # the certificate or greeting, the root that is given, OpenSSL's words and the remedy, a wrong one
+    "expired": ("expired", "ca", "certificate has expired.*Renew", "--ca-file"),
+    "future": ("future", "ca", "certificate is not yet valid.*clock", "--ca-file"),
+    "wrong-name": ("wrong-name", "ca", "(not valid for|mismatch).*--gateway-host", "--ca-file"),
+    "clients-only": ("clients-only", "ca", "uns(uitable|upported) certificate purpose.*server", "--ca-file"),
+    "unknown-issuer": ("good", "others", "issuer.*--ca-file", "clock"),
+    "unknown-to-requests": ("good", None, "issuer.*--ca-file", "clock"),
+    "self-signed": ("others", "ca", "(self.signed|issuer).*--ca-file", "clock"),
+    "cleartext": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "ca", "TLS", "--ca-file"),
+    "closes": (NOBODY, "ca", "TLS|connection", "--ca-file"), "silent": (SILENT, "ca", "in time", "--ca-file"),
 }
 
 
 @pytest.mark.parametrize("name", rows(TLS_FAULTS, "expired", "wrong-name", "unknown-to-requests", "cleartext"))
-def test_tls_fault_ends_once_with_69_and_a_remedy_and_sends_nothing(box, certificates, name):
-    shown, root, words = TLS_FAULTS[name]
-    greet = certificates.server(shown) if shown in ("expired", "future", "wrong-name", "good", "others") else shown
+def test_tls_fault_ends_once_with_69_and_the_remedy_that_fits_and_sends_nothing(box, certificates, name):
+    shown, root, words, wrong = TLS_FAULTS[name]
+    greet = shown if shown in (NOBODY, SILENT) or isinstance(shown, bytes) else certificates.server(shown)
     with Gateway(greet=greet) as gateway:
         agent = box.start(gateway, *tls_options(certificates, root), "--once",
                           REQUESTS_CA_BUNDLE=certificates.path(), SSL_CERT_FILE=certificates.path())
         assert agent.wait(60) == 69, "roots of the environment count for nothing"
         last = agent.log().splitlines()[-1]
-        assert re.search(words, last) and f"127.0.0.1:{gateway.port}" in last, last
+        assert re.search(words, last) and wrong not in last and f"127.0.0.1:{gateway.port}" in last, last
         assert gateway.heard and gateway.seen == []
         assert not re.search(b"POST|Bearer|" + re.escape(TOKEN).encode(), b"".join(gateway.heard))
-
-
-@pytest.mark.slow
-def test_tls_handshake_that_never_ends_is_cut(box, certificates):
-    with Gateway(greet=SILENT) as gateway:
-        agent = box.start(gateway, *tls_options(certificates), "--once")
-        assert agent.wait(60) == 69 and "time" in agent.log().splitlines()[-1]
 
 
 def test_proxy_netrc_and_redirect_traps_are_not_taken_on_loopback(box, gateway):
@@ -1841,34 +1788,41 @@ def test_proxy_netrc_and_redirect_traps_are_not_taken_on_loopback(box, gateway):
 
 
 def test_proxy_is_asked_for_what_lies_beyond_loopback_by_the_name_given(box, gateway):
-    for host in ("gw.example", "10.1.2.3", "203.0.113.7"):
+    """But what may be a public address is not sent tokens in cleartext, also by a proxy that is none."""
+    for host, *words in (("gw.example", "--allow-cleartext"), ("10.1.2.3",), ("203.0.113.7", "--allow-cleartext")):
         seen = len(gateway.seen)
-        agent = box.start(None, "--gateway-host", host, "--gateway-port", "1994", "--once",
-                          http_proxy=f"http://user:pass-word-1@127.0.0.1:{gateway.port}")
+        options = "--gateway-host", host, "--gateway-port", "1994", "--once"
+        proxy = f"http://user:pass-word-1@127.0.0.1:{gateway.port}"
+        if words:
+            done = box.run(*options, http_proxy=proxy)
+            assert done.returncode == 2 and "public" in done.stderr and len(gateway.seen) == seen, done.stderr
+        agent = box.start(None, *options, *words, http_proxy=proxy)
         assert agent.wait(60) == 0 and "pass-word" not in agent.log(), agent.log()
         assert gateway.seen[seen].target == f"http://{host}:1994/api/v1/machine/register"
         assert gateway.seen[seen].headers["Host"] == f"{host}:1994"
 
 
-@pytest.mark.parametrize("no_proxy, reached", [("2130706433", True), ("10.0.0.0/8", False)])
-def test_proxy_is_left_out_for_hosts_of_no_proxy(box, gateway, no_proxy, reached):
-    """2130706433 is one way to write 127.0.0.1."""
-    agent = box.start(None, "--gateway-host", "2130706433", "--gateway-port", gateway.port, "--startup-timeout", "0",
-                      http_proxy="http://127.0.0.1:9", no_proxy=no_proxy)
-    if reached:
-        wait(gateway.ready, agent.log)
-    else:
-        assert agent.wait(60) == 69 and gateway.connections == 0
+@pytest.mark.parametrize("host, no_proxy, proxied", [
+    ("fd00::5", "fd00::5", False), ("10.1.2.3", "10.0.0.0/8", False), ("gw.lan.example", ".lan.example", False),
+    ("gw.lan.example", "lan.example", False), ("gw.lan.example", "*", False), ("10.1.2.3", "192.168.0.0/16", True),
+    ("gw.lan.example", "an.example", True)])
+def test_proxy_is_left_out_for_hosts_of_no_proxy_as_curl_documents_it(box, host, no_proxy, proxied):
+    done = box.run("--dry-run", "--allow-cleartext", "--gateway-host", host, http_proxy="http://127.0.0.1:9",
+                   no_proxy=no_proxy)
+    assert done.returncode == 0 and ("proxy 127.0.0.1:9" in done.stdout) == proxied, done.stderr
 
 
-@pytest.mark.parametrize("fault, words", [(NOBODY, "refused"), (breaks(), "proxy")], ids=["refused", "broken"])
-def test_proxy_that_fails_is_named_without_its_password(box, gateway, fault, words):
-    gateway.stop() if fault == NOBODY else None
-    gateway.always = fault if fault != NOBODY else None
-    proxy = f"http://user:pass-word-1@127.0.0.1:{gateway.port}"
-    done = box.run("--gateway-host", "10.1.2.3", "--once", http_proxy=proxy)
+@pytest.mark.parametrize("fault, words", [
+    (NOBODY, "refused"), (breaks(), "proxy"), (html(403), "403"), (html(407), "407"), (html(502), "502")],
+    ids=["nobody", "closed", "403", "407", "502"])
+def test_proxy_that_fails_or_refuses_is_trouble_and_named_without_its_password(box, gateway, fault, words):
+    if fault == NOBODY:
+        gateway.stop()
+    gateway.always = fault
+    done = box.run("--gateway-host", "10.1.2.3", "--once",
+                   http_proxy=f"http://user:pass-word-1@127.0.0.1:{gateway.port}")
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 69 and f"proxy 127.0.0.1:{gateway.port}" in last and words in last
+    assert done.returncode == 69 and f"proxy 127.0.0.1:{gateway.port}" in last and words in last, last
     assert "pass-word" not in done.stderr
 
 
@@ -1925,17 +1879,6 @@ def test_notify_tells_ready_status_watchdog_and_stopping(box, gateway, kind):
         assert {said.partition("=")[0] for said in heard} == {"READY", "STATUS", "WATCHDOG", "STOPPING"}
 
 
-def test_notify_words_of_the_gateway_stay_in_the_status(box, gateway):
-    gateway.always = says(500, {"message": f"no\nMAINPID=1\nSTOPPING=1\x1b[31m {TOKEN}"})
-    with Notify(box.folder / "notify") as systemd:
-        agent = box.start(gateway, NOTIFY_SOCKET=systemd.path)
-        wait(lambda: len(gateway.seen) > 4 and systemd.status(), agent.log)
-        agent.stop(signal.SIGKILL)
-        heard = systemd.heard()
-        assert not [said for said in heard if said.startswith(("MAINPID", "STOPPING")) or not said.isprintable()]
-        assert leaks("".join(heard), TOKEN) == []
-
-
 @pytest.mark.slow
 def test_notify_socket_that_nobody_reads_does_not_hold_the_agent(box, gateway):
     with Notify(box.folder / "notify") as systemd:
@@ -1945,6 +1888,21 @@ def test_notify_socket_that_nobody_reads_does_not_hold_the_agent(box, gateway):
     os.unlink(systemd.path)
     gateway.ready_again()
     assert agent.stop() == 0 and "Traceback" not in agent.log()
+
+
+def test_notify_status_is_the_headline_of_status_and_never_ready_where_no_work_is_taken(box, gateway, k3s):
+    with Notify(box.folder / "notify") as systemd:
+        def agree():
+            """The headline, where systemd and --status, which wraps it, show the same."""
+            headline = systemd.status()[-1:]
+            shown = "".join(box.run("--status").stdout.split())
+            return headline and "".join(headline[0].split()) in shown and headline[0]
+
+        k3s.forbidden.add("pods")
+        box.ready(gateway, *k3s.options(), NOTIFY_SOCKET=systemd.path)
+        assert "takes no work" in wait(agree, systemd.status)
+        k3s.forbidden.clear()
+        wait(lambda: (agree() or "").startswith("ready for"), systemd.status)
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["journal", "a-file-of-a-service"])
@@ -1963,403 +1921,25 @@ def test_log_to_the_journal_has_its_priority_and_no_time(box, gateway, right):
         assert re.match(f"<{number}>[a-z>]" if right else rf"\d{{4}}-.*[,.]\d{{3}} {level} ", line), line
 
 
-# ---- Seen from outside: offers and k3s
-NODES = {       # what the node says -> the words of the log; a word that must not be there
-    "missing": ([], "node", "uncordon"), "not-ready": ([K3s.node(ready="False")], "(?i)not.?ready", "uncordon"),
-    "unknown": ([K3s.node(ready="Unknown")], "(?i)unknown|not.?ready", "uncordon"),
-    "no-condition": ([K3s.node(ready=None)], "(?i)ready", "uncordon"),
-    "cordoned": ([K3s.node(unschedulable=True)], "kubectl uncordon", "kubelet"),
-    "no-schedule": ([K3s.node(taints=["NoSchedule"])], "stub.example/reason", "uncordon"),
-    "no-execute": ([K3s.node(taints=["PreferNoSchedule", "NoExecute"])], "stub.example/reason", "uncordon"),
-    "memory": ([K3s.node(pressure=["MemoryPressure"])], "(?i)memory.?pressure", "uncordon"),
-    "disk": ([K3s.node(pressure=["DiskPressure"])], "(?i)disk.?pressure", "uncordon"),
-    "pids": ([K3s.node(pressure=["PIDPressure"])], "(?i)pid.?pressure", "uncordon"),
-    "of-this-name-among-others": ([K3s.node("other"), K3s.node(ready="False")], "(?i)not.?ready", "uncordon"),
-}
-
-
-@pytest.mark.parametrize("name", rows(NODES, "missing", "not-ready", "cordoned", "no-execute", "disk"))
-def test_node_that_takes_no_pods_is_offered_no_cpu_with_its_reason(box, gateway, k3s, name):
-    k3s.nodes, words, foreign = NODES[name]
-    agent = box.ready(gateway, *k3s.options())
-    wait(lambda: re.search(words, agent.log()), agent.log)
-    gateway.ready_again()
-    assert set(gateway.registered("cpu")) == {"0m"} and foreign not in agent.log(), agent.log()
-    if name in ("not-ready", "cordoned"):
-        done = box.run("--status")
-        assert done.returncode == 1 and re.search(words, done.stdout), done.stdout
-
-
-@pytest.mark.parametrize("nodes, forbidden", [
-    ([K3s.node("other")], set()), ([K3s.node("a", ready="False"), K3s.node("b")], set()), ([], {"nodes"}),
-    ([K3s.node(taints=["PreferNoSchedule"])], set())], ids=["only-one", "several-others", "forbidden", "prefer"])
-def test_node_that_takes_pods_or_may_not_be_read_is_offered_all(box, gateway, k3s, nodes, forbidden):
-    k3s.nodes, k3s.forbidden = nodes, forbidden
-    agent = box.ready(gateway, *k3s.options())
-    wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
-    assert box.run("--status").returncode == 0
-    assert {link.call for link in k3s.seen} == {"pods", "nodes"}, "two requests are all that is asked"
-    if forbidden:
-        shown = box.run("--status").stdout + agent.log()
-        assert re.search("(?is)node.*(not (be )?read|403|forbidden|not allowed)", shown)
-
-
-def test_node_of_less_than_is_here_caps_the_offer(box, gateway, k3s, driver):
-    driver.say("...")
-    k3s.nodes = [K3s.node(cpu="500m", memory="716800Ki", gpu="2")]
-    agent = box.ready(gateway, *k3s.options(), **driver.environ)
-    wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
-    said = gateway.calls(REGISTER)[-1].json
-    assert (said["cpu"], said["memory"], said["gpu_count"]) == ("500m", "700Mi", "2")
-
-
-@pytest.mark.parametrize("age, forbidden, cpu", [
-    ("3m", True, False), ("90s", True, True), ("3m", False, True)], ids=["long", "short", "node-is-good"])
-def test_pods_all_pending_for_2_minutes_are_a_fault_where_the_node_is_unknown(box, gateway, k3s, age, forbidden, cpu):
-    k3s.pods = [("w-1", "Pending", age), ("w-2", "Pending", "5m")]
-    k3s.forbidden = {"nodes"} if forbidden else set()
-    agent = box.ready(gateway, *k3s.options())
-    if cpu:
-        wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
-    else:
-        agent.says("Pending")
-        gateway.ready_again()
-        assert set(gateway.registered("cpu")) == {"0m"} and box.run("--status").returncode == 1
-
-
-@pytest.mark.parametrize("word", ["ImagePullBackOff", "ErrImagePull", "CrashLoopBackOff"])
-def test_pod_that_cannot_run_is_a_warning_with_its_word_in_log_and_status(box, gateway, k3s, word):
-    k3s.pods = [("w-1", word, "3m")]
-    agent = box.ready(gateway, *k3s.options())
-    wait(lambda: [line for line in agent.lines(word) if " WARNING " in line], agent.log)
-    assert word in box.run("--status").stdout
-
-
-def test_pods_with_hostile_names_are_redacted_printable_and_bounded(box, gateway, k3s):
-    k3s.pods = [(f"w-{number}-" + "x" * 240, "\x1b[2J" + K3S_TOKEN, "1s") for number in range(110)]
-    k3s.pods.append((TOKEN, "Running", "1s"))
-    agent = box.ready(gateway, *k3s.options())
-    agent.says("w-1")
-    wait(lambda: gateway.ready_again().json["metrics"].get("worker_count") is not None, agent.log)
-    shown = agent.log() + box.run("--status").stdout
-    assert leaks(shown + json.dumps(box.record()), TOKEN, K3S_TOKEN) == [] and "\x1b[2J" not in shown
-    assert len(box.record()["k3s"]["workers"]) <= 50 and len(json.dumps(box.record())) < 65536
-    lines = agent.lines("w-1")
-    assert len(lines) == 1 and max(map(len, agent.log().splitlines())) < 4200, "one line for all that came"
-
-
-def test_gpu_lost_lowers_the_count_without_cpu_and_more_of_them_are_registered(box, gateway, k3s, driver):
-    driver.say("..")
-    k3s.pods = [("w-1", "Running", "1m")]
-    k3s.nodes = [K3s.node(gpu="4")]
-    agent = box.ready(gateway, *k3s.options(), **driver.environ)
-    wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
-    driver.say(".x")
-    wait(lambda: gateway.registered("gpu_count")[-1] == "1", agent.log)
-    gateway.ready_again()
-    assert [(cpu == "0m", gpus) for cpu, gpus in zip(gateway.registered("cpu"), gateway.registered("gpu_count"))][
-        -2:] == [(False, "2"), (True, "1")]
-    assert box.run("--status").returncode == 1 and "nvidia-smi" in agent.log()
-    driver.say("...")
-    wait(lambda: gateway.registered("gpu_count")[-1] == "3", agent.log)
-    assert gateway.registered("cpu")[-1] != "0m"
-
-
-def test_gpu_lost_while_the_register_route_fails_sends_no_keepalive_until_it_is_confirmed(box, gateway, k3s, driver):
-    """A machine that must take no work rather lapses."""
-    driver.say("..")
-    k3s.nodes = [K3s.node(gpu="2")]
-    agent = box.ready(gateway, *k3s.options(), **driver.environ)
-    wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
-    gateway.ready_again()
-    gateway.faults[REGISTER].extend([says(500)] * 6)
-    driver.say(".x")
-    wait(lambda: not gateway.faults[REGISTER], agent.log)
-    gateway.ready_again()
-    failed = [index for index, link in enumerate(gateway.seen) if link.faulty]
-    assert {link.call for link in gateway.seen[failed[0]:failed[-1] + 1]} == {REGISTER}
-    assert gateway.registered("gpu_count")[-1] == "1" and gateway.registered("cpu")[-1] == "0m"
-
-
-def test_registration_that_fails_never_starves_the_lease(box):
-    """A new token while the register route fails, for longer than the TTL."""
-    with Gateway(ttl=2) as gateway:
-        path = box.folder / "k3s"
-        replace(path, K3S_TOKEN)
-        agent = box.ready(gateway, "--k3s-token-file", path)
-        gateway.always = lambda link: (says(500) if link.call == REGISTER else late(0))(link)
-        after = len(gateway.seen)
-        replace(path, SECRET)
-        end = time.monotonic() + 2.5
-        wait(lambda: time.monotonic() > end and len(gateway.seen) > after + 10)
-        calls = [link.call for link in gateway.seen[after:]]
-        assert REGISTER in calls and not any(one == two == REGISTER for one, two in zip(calls, calls[1:])), calls
-        kept = [link for link in gateway.seen if link.call == KEEPALIVE]
-        assert {link.state for link in kept} == {"ready"}, "it was never forgotten"
-        gateway.always = None
-        wait(lambda: gateway.registered("token")[-1] == SECRET and gateway.seen[-1].state == "ready", agent.log)
-
-
-@pytest.mark.parametrize("config", [None, configuration(mode="local"), configuration(provider="ec2")],
-                         ids=["null", "mode", "provider"])
-def test_status_of_a_machine_that_no_work_will_come_to_is_1(box, gateway, k3s, config):
-    gateway.config = config
-    agent = box.ready(gateway, *k3s.options())
-    wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
-    gateway.ready_again()
-    assert box.run("--status").returncode == 1
-
-
-def test_status_without_a_ca_says_that_k3s_was_not_asked(box, gateway, certificates):
-    with K3s(certificates) as k3s:
-        options = [word for word in k3s.options() if word not in ("--k3s-ca-file", certificates.path())]
-        agent = box.ready(gateway, *options)
-        wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
-        assert "not asked" in box.run("--status").stdout and k3s.seen == []
-
-
-@pytest.mark.slow
-def test_k3s_files_that_are_missing_are_waited_for_with_a_warning(box, gateway, k3s, certificates):
-    token, ca = box.folder / "k3s-token", box.folder / "ca.crt"
-    agent = box.ready(gateway, "--k3s-url", f"https://127.0.0.1:{k3s.port}", "--hostname", "box",
-                      "--k3s-token-file", token, "--k3s-ca-file", ca)
-    assert gateway.calls(REGISTER)[0].json["token"] == "" and gateway.registered("cpu")[0] == "0m"
-    agent.says(str(token))
-    replace(token, K3S_TOKEN)
-    wait(lambda: gateway.registered("token")[-1] == K3S_TOKEN, agent.log)
-    assert gateway.registered("cpu")[-1] == "0m" and k3s.seen == [] and not k3s.heard, "no CA: not a byte"
-    replace(ca, open(certificates.path()).read())
-    wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
-    assert agent.poll() is None and leaks(agent.log(), K3S_TOKEN) == []
-
-
-NODES_LATER = {name: NODES[name] for name in ("missing", "not-ready", "cordoned", "no-execute", "disk")}
-
-
-@pytest.mark.slow
-def test_node_that_takes_no_pods_later_counts_after_two_looks_and_back_again(tmp_path_factory, certificates):
-    with contextlib.ExitStack() as stack:
-        made = scenes(stack, tmp_path_factory, certificates, NODES_LATER)
-        for name, scene in made.items():
-            scene.before = len(scene.k3s.calls("nodes"))
-            scene.k3s.nodes = NODES[name][0]
-        for name, scene in made.items():
-            scene.wait_for(name, False)
-            changed = next(link for link in scene.gateway.calls(REGISTER)[::-1] if link.json["cpu"] == "0m").time
-            looks = [link for link in scene.k3s.calls("nodes")[scene.before:] if link.time < changed]
-            assert len(looks) >= 2, f"{name}: after two looks"
-            scene.k3s.nodes = [K3s.node()]
-        for name, scene in made.items():
-            scene.wait_for(name, True)
-
-
-@pytest.mark.slow
-def test_token_that_k3s_refuses_is_believed_at_the_first_look(tmp_path_factory, certificates):
-    with contextlib.ExitStack() as stack:
-        made = scenes(stack, tmp_path_factory, certificates, ("401", "403"))
-        for name, scene in made.items():
-            scene.before = len(scene.k3s.seen)
-            scene.k3s.always = says(*status_of_k3s(int(name), "no"))
-        for name, scene in made.items():
-            scene.wait_for(name, False)
-            changed = next(link for link in scene.gateway.calls(REGISTER)[::-1] if link.json["cpu"] == "0m").time
-            calls = [link.call for link in scene.k3s.seen[scene.before:] if link.time < changed]
-            assert calls.count("pods") == 1, f"{name}: {calls}"
-
-
-@pytest.mark.slow
-def test_node_that_takes_no_pods_in_one_look_alone_changes_nothing(box, gateway, k3s):
-    agent = box.ready(gateway, *k3s.options())
-    wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
-    registered = len(gateway.calls(REGISTER))
-    bad = json.dumps({"kind": "NodeList", "apiVersion": "v1", "items": [K3s.node(ready="False")]}).encode()
-    k3s.faults["nodes"].append(says(200, bad))
-    wait(lambda: not k3s.faults["nodes"], agent.log)
-    k3s.looked(2)
-    gateway.ready_again()
-    assert len(gateway.calls(REGISTER)) == registered
-
-
-def test_k3s_token_refused_and_given_anew_is_usable_within_seconds(box, gateway, k3s):
-    path = box.folder / "k3s"
-    replace(path, "old-" + K3S_TOKEN)
-    options = k3s.options()[2:]
-    agent = box.ready(gateway, "--k3s-token-file", path, *options)
-    wait(lambda: k3s.seen and k3s.seen[-1].bearer == "old-" + K3S_TOKEN, agent.log)
-    assert set(gateway.registered("cpu")) == {"0m"}
-    replace(path, K3S_TOKEN)
-    wait(lambda: gateway.registered("token")[-1] == K3S_TOKEN, agent.log)
-    wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
-
-
-# ---- Seen from outside: what an answer means, and the schedule
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", [
-    html(401), html(403), says(403, b"Forbidden", "Content-Type: text/plain"), says(401), html(407)],
-    ids=["401-html", "403-html", "403-text", "401-empty", "407"])
-def test_start_refused_by_something_else_than_the_gateway_is_trouble(box, gateway, fault):
-    gateway.always = fault
-    agent = box.start(gateway, *ONCE)
-    assert agent.wait(60) == 69 and "machine create" not in agent.log(), agent.log()
-    agent = box.start(gateway)
-    seen = len(gateway.seen)
-    wait(lambda: len(gateway.seen) > seen + 2, agent.log)
-    gateway.always = None
-    wait(gateway.ready, agent.log)
-
-
-@pytest.mark.parametrize("status", [407, 502, 503, 403])
-def test_start_refused_by_an_http_proxy_is_trouble_and_the_proxy_is_named(box, gateway, status):
-    gateway.always = html(status)
-    proxy = f"http://user:pass-word-1@127.0.0.1:{gateway.port}"
-    done = box.run("--gateway-host", "10.1.2.3", "--once", http_proxy=proxy)
-    assert done.returncode == 69 and "pass-word" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert f"127.0.0.1:{gateway.port}" in last and "proxy" in last and str(status) in last, last
-
-
-@pytest.mark.parametrize("before, code", [
-    (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", 0), (b"HTTP/1.1 102 Processing\r\n\r\n" * 3, 0),
-    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 199 Odd\r\nX: y\r\n\r\n", 0),
-    (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", 69)], ids=["103", "102", "100-199", "101"])
-def test_answers_before_the_answer_are_skipped(box, gateway, before, code):
-    gateway.always = follows(before)
-    agent = box.start(gateway, *ONCE)
-    assert agent.wait(60) == code, agent.log()
-    assert code or [link.state for link in gateway.seen] == ["registered", "ready"]
-
-
-@pytest.mark.slow
-def test_schedule_gateway_that_always_forgets_gets_the_ordinary_pauses(box, gateway):
-    gateway.always = lambda link: (GONE if link.call == KEEPALIVE else late(0))(link)
-    agent = box.start(gateway, "--keepalive-interval", "60")
-    wait(lambda: len(gateway.calls(REGISTER)) > 3, agent.log)
-    pauses = [pause for link, pause in zip(gateway.seen, pauses_of(gateway.seen)) if link.call == KEEPALIVE]
-    assert pauses[0] < 0.9 < min(pauses[1:]) and max(pauses) < 15, pauses
-
-
-# ---- Seen from outside: connections, TLS, names of services
-@pytest.mark.slow
-@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-def test_kept_connection_that_ends_every_second_time_counts_no_failure(box, gateway, reset):
-    def every_second(link):
-        kept = [other for other in gateway.seen if other.connection == link.connection]
-        return breaks(b"", reset)(link) if len(kept) == 2 else late(0)(link)
-
-    gateway.always = every_second
-    agent = box.ready(gateway)
-    wait(lambda: len(gateway.seen) > 20, agent.log)
-    gateway.always = None
-    gateway.ready_again()
-    assert gateway.connections > 5 and not agent.lines("failed", "ready again"), agent.log()
-    assert len(gateway.calls(REGISTER)) == 1 and json.loads(box.run("--status", "--json").stdout)["failed"] == 0
-
-
-def test_kept_connection_that_ends_within_an_answer_is_a_failure(box, gateway):
-    agent = box.ready(gateway)
-    gateway.faults[KEEPALIVE].append(breaks(b"HTTP/1.1 20"))
-    agent.says("failed", "ready again")
-
-
-def test_kept_connection_that_ends_is_tried_once_more_and_no_oftener(box, gateway):
-    agent = box.ready(gateway)
-    gateway.faults[KEEPALIVE].extend([breaks(), breaks()])
-    agent.says("failed", "ready again")
-    assert len([link for link in gateway.seen if link.faulty]) == 2
-
-
-@pytest.mark.slow
-def test_connection_whose_first_address_swallows_packets_takes_2_5_s_and_no_time_later(box, gateway, names):
-    names.tell(gw=["127.0.0.2", "127.0.0.1"])
-    gateway.registration_takes = 5.0
-    with full_port("127.0.0.2", gateway.port):
-        agent = box.start(gateway, "--gateway-host", "gw", **names.environ)
-        start = time.monotonic()
-        wait(gateway.ready, agent.log)
-        assert time.monotonic() - start < 15 and len(gateway.calls(REGISTER)) == 1 and not agent.lines("failed")
-        gateway.drop()
-        start = time.monotonic()
-        gateway.ready_again()
-        assert time.monotonic() - start < 2, "the address that worked comes first"
-
-
-TLS_REASONS = {     # OpenSSL's own words, those of the remedy, and those that lead nowhere here
-    "expired": ("certificate has expired", "(?i)renew|clock", "--ca-file"),
-    "future": ("certificate is not yet valid", "(?i)clock", "--ca-file"),
-    "wrong-name": ("not valid for|mismatch", "--gateway-host", "--ca-file"),
-    "clients-only": ("uns(uitable|upported) certificate purpose", "(?i)server", "--ca-file"),
-    "others": ("self.signed certificate|local issuer", "--ca-file", "clock"),
-}
-
-
-@pytest.mark.parametrize("name", TLS_REASONS)
-def test_tls_fault_is_told_in_openssl_s_words_with_the_remedy_that_fits(box, certificates, name):
-    reason, remedy, wrong = TLS_REASONS[name]
-    with Gateway(greet=certificates.server(name)) as gateway:
-        agent = box.start(gateway, *tls_options(certificates), "--once")
-        assert agent.wait(60) == 69
-        last = agent.log().splitlines()[-1]
-        assert re.search(reason, last) and re.search(remedy, last) and not re.search(wrong, last), last
-
-
-def test_token_that_an_answer_echoes_where_it_is_cut_is_not_shown_in_part(box, gateway):
-    page = "x" * 268 + TOKEN + "x" * 280
-    gateway.faults[REGISTER].append(lambda link: link.sock.sendall(http_answer(502, page)))
-    done = box.start(gateway, "--once")
-    assert done.wait(60) == 69 and "xxx" in done.log() and TOKEN[:6] not in done.log(), done.log()
-
-
-def test_tls_certificate_without_key_identifier_is_taken_by_every_python(box, certificates):
-    """Python 3.13's own defaults refuse it."""
-    with Gateway(greet=certificates.server("no-key-id")) as gateway:
-        assert box.start(gateway, *tls_options(certificates), "--once").wait(60) == 0
-
-
-SERVICE_LINKS = {
-    "BETA9_GATEWAY_PORT": "tcp://10.43.0.9:1994", "BETA9_GATEWAY_SERVICE_HOST": "10.43.0.9",
-    "BETA9_GATEWAY_SERVICE_PORT": "1994", "BETA9_GATEWAY_PORT_1994_TCP": "tcp://10.43.0.9:1994",
-    "BETA9_GATEWAY_PORT_1994_TCP_PROTO": "tcp", "BETA9_GATEWAY_PORT_1994_TCP_PORT": "1994",
-    "BETA9_GATEWAY_PORT_1994_TCP_ADDR": "10.43.0.9"}
-
-
-def test_service_links_of_kubernetes_are_one_warning_and_the_default_holds(box):
-    done = box.run("--dry-run", **SERVICE_LINKS)
-    warnings = [line for line in done.stderr.splitlines() if " WARNING " in line]
-    assert done.returncode == 0 and "1994" in done.stdout and "tcp://" not in done.stdout, done.stderr
-    assert len([line for line in warnings if "BETA9_GATEWAY_" in line]) == 1 and "Kubernetes" in done.stderr
-
-
-@pytest.mark.parametrize("host, no_proxy", [
-    ("fd00::5", "fd00::5"), ("10.1.2.3", "10.0.0.0/8"), ("gw.lan.example", ".lan.example"),
-    ("gw.lan.example", "lan.example"), ("gw.lan.example", "*")])
-def test_no_proxy_is_understood_as_curl_documents_it(box, host, no_proxy):
-    done = box.run("--dry-run", "--allow-cleartext", "--gateway-host", host, http_proxy="http://127.0.0.1:9",
-                   no_proxy=no_proxy)
-    assert done.returncode == 0, done.stderr
-    assert "proxy 127.0.0.1:9" not in done.stdout
-
-
-# ---- Seen from outside: systemd
-def test_notify_status_is_never_ready_where_no_work_is_taken(box, gateway, k3s):
-    def shown():
-        return " ".join(box.run("--status").stdout.split())
-
-    with Notify(box.folder / "notify") as systemd:
-        agent = box.ready(gateway, NOTIFY_SOCKET=systemd.path)
-        wait(lambda: "READY=1" in systemd.heard() and systemd.status(), agent.log)
-        gateway.ready_again()
-        headline = systemd.status()[-1]
-        assert not re.match("(?i)(work can run|ready\\b(?!.*no (work|cpu)))", headline), headline
-        assert headline in shown()
-        agent.stop()
-        agent = box.ready(gateway, *k3s.options(), NOTIFY_SOCKET=systemd.path)
-        wait(lambda: gateway.registered("cpu")[-1] != "0m", agent.log)
-        wait(lambda: systemd.status()[-1] != headline and systemd.status()[-1] in shown(),
-             lambda: systemd.status()[-3:])
-
-
 # ---- Settings: what is read from where
 OTHER_TOKEN, LONG_TOKEN = "Ot3456789012", "Lt567890123456789012345678901234567890"
+
+
+def give(box, given):
+    """Options and variables that give settings, each by name, key in the file, text, and where it is given."""
+    tree, environ, words = {}, {}, []
+    for name, key, text, where in given:
+        flag = name.replace("_", "-")
+        if where == "file":
+            section = tree.setdefault("gateway", {}) if "." in key else tree
+            section[key.rpartition(".")[2]] = str(text)
+        elif where == "variable":
+            environ[f"BETA9_{name.upper()}"] = text
+        elif text in ("yes", "no"):
+            words.append(f"--{flag}" if text == "yes" else f"--no-{flag}")
+        else:
+            words.append(f"--{flag}={text}")
+    return ["--config", box.config(json.dumps(tree)), *words], environ
 
 
 def settings_shown(done):
@@ -2406,19 +1986,12 @@ SETTINGS = [
 def test_settings_all_at_once_come_from_the_last_source(box, certificates, level):
     for number in (1, 2, 3):
         shutil.copy(certificates.path(), box.folder / f"{number}.pem")
-    tree, environ, words = {}, {"BETA9_STATE_DIR": None, "BETA9_TOKEN": None, "BETA9_K3S_URL": None}, []
-    for name, key, values in SETTINGS:
-        file, variable, option = (box.folder / value if name in PEM else value for value in values)
-        section = tree.setdefault("gateway", {}) if "." in key else tree
-        section[key.rpartition(".")[2]] = str(file)
-        if level > 0:
-            environ[f"BETA9_{name.upper()}"] = variable
-        if level > 1:
-            flag = name.replace("_", "-")
-            words += [f"--{'no-' * (option == 'no')}{flag}"] if option in ("yes", "no") else [f"--{flag}", option]
-    (box.folder / "c.json").write_text(json.dumps(tree))
-    shown = settings_shown(done := box.run("--dry-run", "--config", box.folder / "c.json", *words, **environ))
-    source = (str(box.folder / "c.json"), "environment|BETA9_", "command line|--")[level]
+    words, environ = give(box, [
+        (name, key, box.folder / text if name in PEM else text, where) for name, key, texts in SETTINGS
+        for text, where in list(zip(texts, ("file", "variable", "option")))[:level + 1]])
+    unset = {"BETA9_STATE_DIR": None, "BETA9_TOKEN": None, "BETA9_K3S_URL": None}
+    shown = settings_shown(done := box.run("--dry-run", *words, **{**unset, **environ}))
+    source = (re.escape(str(words[1])), "BETA9_", "command line")[level]
     for name, key, values in SETTINGS:
         value = values[level]
         if name in ("token", "k3s_token"):
@@ -2429,7 +2002,7 @@ def test_settings_all_at_once_come_from_the_last_source(box, certificates, level
             assert body_field(done, "memory") == value
         elif name != "max_cpu":
             assert value in shown[name], name
-        assert re.search(source if level else re.escape(source), shown[name]), (name, shown[name])
+        assert re.search(source, shown[name]), (name, shown[name])
     assert level < 2 or body_field(done, "cpu") == "300m", "offered always"
 
 
@@ -2441,9 +2014,9 @@ def test_switch_in_a_variable_means_what_it_says(box, text, value):
     assert done.returncode == (0 if value else 2), done.stderr
 
 
-def test_switch_is_turned_off_on_the_command_line(box):
-    (box.folder / "c").write_text('{"gateway": {"allow_cleartext": true}}')
-    words = ["--dry-run", "--gateway-host", "192.0.2.1", "--config", box.folder / "c"]
+def test_switch_is_turned_off_by_a_later_source(box):
+    words = ["--dry-run", "--gateway-host", "192.0.2.1", "--config",
+             box.config('{"gateway": {"allow_cleartext": true}}')]
     assert box.run(*words).returncode == 0
     assert box.run(*words, BETA9_ALLOW_CLEARTEXT="no").returncode == 2
     assert box.run(*words, "--no-allow-cleartext").returncode == 2
@@ -2454,26 +2027,19 @@ def test_switch_is_turned_off_on_the_command_line(box):
     '{"machine_id": "00000001", "pool_name": "on", "gateway": {"host": "gw", "port": 1995}, "keepalive_interval": 30}',
 ], ids=["yaml", "json"])
 def test_config_file_values_stay_as_they_are_written(box, form):
-    (box.folder / "c").write_text(form)
-    done = box.run("--dry-run", BETA9_CONFIG=box.folder / "c")
+    done = box.run("--dry-run", BETA9_CONFIG=box.config(form))
     assert done.returncode == 0, done.stderr
     assert (body_field(done, "machine_id"), body_field(done, "pool_name")) == ("00000001", "on")
     assert "gw:1995" in done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["", "# nothing\n", "{}", "pool_name:\n", "pool_name: ''\n", "gateway:\n",
-                                  '{"pool_name": null, "gateway": null}'])
-def test_value_that_is_empty_counts_as_unset(box, form):
-    (box.folder / "c").write_text(form)
-    done = box.run("--dry-run", "--config", box.folder / "c", BETA9_POOL_NAME="", BETA9_GATEWAY_PORT="")
-    assert done.returncode == 0 and body_field(done, "pool_name") == "external" and ":1994/" in done.stdout, done.stderr
-
-
-def test_variable_that_is_empty_leaves_the_file_its_word(box):
-    (box.folder / "c").write_text('{"pool_name": "of-file"}')
-    done = box.run("--dry-run", "--config", box.folder / "c", BETA9_POOL_NAME="")
-    assert body_field(done, "pool_name") == "of-file"
+@pytest.mark.parametrize("form, pool", [('{"pool_name": "of-file"}', "of-file"), *(
+    pytest.param(form, "external", marks=pytest.mark.slow) for form in (
+        "", "# nothing\n", "{}", "pool_name:\n", "pool_name: ''\n", "pool_name: null\n", "pool_name: ~\n", "gateway:\n",
+        '{"pool_name": null, "gateway": null}'))])
+def test_value_that_is_empty_counts_as_unset(box, form, pool):
+    done = box.run("--dry-run", "--config", box.config(form), BETA9_POOL_NAME="", BETA9_GATEWAY_PORT="")
+    assert done.returncode == 0 and body_field(done, "pool_name") == pool and ":1994/" in done.stdout, done.stderr
 
 
 # Bad values, and a word of what would be right; the first one is tried by the default run
@@ -2513,24 +2079,24 @@ def test_bad_value_ends_with_2_and_one_line(box, name, right, text):
     assert "token" not in name or text not in line
 
 
+@pytest.mark.parametrize("where", ["variable", "file"])
 @pytest.mark.parametrize("name, text", [("gateway_port", "99999"), ("machine_id", "xyz"), ("token", "two words of it"),
                                         ("tls", "maybe"), ("max_memory", "48")])
-def test_bad_value_of_a_variable_or_file_names_its_source(box, name, text):
-    line = one_line(box.run("--dry-run", **{f"BETA9_{name.upper()}": text}))
-    assert names_value(line, name, text) and re.search("environment|BETA9_", line), line
-    tree = {"gateway": {name.removeprefix("gateway_"): text}} if name in ("gateway_port", "tls") else {name: text}
-    (box.folder / "c.json").write_text(json.dumps(tree))
-    environ = {"BETA9_TOKEN": None} if name == "token" else {}
-    line = one_line(box.run("--dry-run", "--config", box.folder / "c.json", **environ))
-    assert names_value(line, name, text) and str(box.folder / "c.json") in line, line
+def test_bad_value_of_a_variable_or_file_names_its_source(box, name, text, where):
+    key = f"gateway.{name.removeprefix('gateway_')}" if name in ("gateway_port", "tls") else name
+    words, environ = give(box, [(name, key, text, where)])
+    unset = {"BETA9_TOKEN": None} if name == "token" else {}
+    line = one_line(box.run("--dry-run", *words, **{**unset, **environ}))
+    assert names_value(line, name, text), line
+    assert (str(words[1]) if where == "file" else f"BETA9_{name.upper()}") in line, line
 
 
-def test_bad_values_at_once_end_with_2_and_at_most_a_line_each(box):
+def test_bad_values_at_once_end_with_2_and_a_line_each(box):
     done = box.run("--dry-run", "--gateway-port", "99999", "--machine-id", "xyz", BETA9_MAX_CPU="six",
                    BETA9_TOKEN="two words here")
-    assert done.returncode == 2 and 1 <= len(done.stderr.splitlines()) <= 4 and "Traceback" not in done.stderr
-    assert all(re.search("--(gateway-port|machine-id|max-cpu|token)", line) for line in done.stderr.splitlines())
-    assert "two words" not in done.stderr
+    named = re.findall("ERROR --(gateway-port|machine-id|max-cpu|token): ", done.stderr)
+    assert done.returncode == 2 and sorted(named) == ["gateway-port", "machine-id", "max-cpu", "token"], done.stderr
+    assert len(done.stderr.splitlines()) == 4 and "two words" not in done.stderr
 
 
 @pytest.mark.parametrize("words, said", [
@@ -2548,9 +2114,8 @@ def test_word_that_is_not_known_is_named_with_the_nearest_one(box, words, said):
     ("poolname: gpu", "poolname.*pool_name"), ("gateway:\n  prot: 1", "prot.*gateway.port"), ("zzz: 1", "zzz"),
     ('{"gatway": {"host": "x"}}', "gatway"), (f"token{TOKEN}:", "key"), ("dev: true", "dev")])
 def test_key_that_is_not_known_is_named_with_the_nearest_one(box, text, said):
-    (box.folder / "c").write_text(text)
-    line = one_line(box.run("--config", box.folder / "c"))
-    assert re.search(said, line) and str(box.folder / "c") in line and TOKEN not in line, line
+    line = one_line(box.run("--config", path := box.config(text)))
+    assert re.search(said, line) and str(path) in line and TOKEN not in line, line
 
 
 @pytest.mark.parametrize("name, said", [("BETA9_POOLNAME", "BETA9_POOL_NAME"), ("BETA9_ZZZ", "BETA9_ZZZ")])
@@ -2560,14 +2125,14 @@ def test_variable_that_is_not_known_is_warned_of_with_the_nearest_one(box, name,
     assert name in done.stderr and said in done.stderr and SECRET not in done.stderr
 
 
-def test_variables_of_a_kubernetes_service_are_one_warning_and_the_default_holds(box):
+def test_variables_of_a_kubernetes_service_are_ignored_and_the_default_holds(box):
     place, port = "tcp://10.43.0.1:1994", "BETA9_GATEWAY_PORT"
     done = box.run("--dry-run", **{
         port: place, f"{port}_1994_TCP": place, f"{port}_1994_TCP_PROTO": "tcp", f"{port}_1994_TCP_PORT": "1994",
         f"{port}_1994_TCP_ADDR": "10.43.0.1", "BETA9_GATEWAY_SERVICE_HOST": "10.43.0.1",
         "BETA9_GATEWAY_SERVICE_PORT": "1994", "BETA9_GATEWAY_SERVICE_PORT_HTTP": "1994"})
     assert done.returncode == 0 and "//localhost:1994/" in done.stdout, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and port in done.stderr and "Kubernetes" in done.stderr
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("text, line", [
@@ -2575,9 +2140,8 @@ def test_variables_of_a_kubernetes_service_are_one_warning_and_the_default_holds
     ("- SECRETS", None), ("gateway: SECRETS", None), ("token:\n- SECRETS", None), ("pool_name:\n  SECRETS: x", None),
     ("token: !!python/object:os.system SECRETS: x", 1)])
 def test_config_file_that_is_broken_is_named_without_its_content(box, text, line):
-    (box.folder / "c").write_text(text)
-    said = one_line(box.run("--config", box.folder / "c", BETA9_TOKEN=None))
-    assert str(box.folder / "c") in said and "SECRETS" not in said and (line is None or f"line {line}" in said), said
+    said = one_line(box.run("--config", path := box.config(text), BETA9_TOKEN=None))
+    assert str(path) in said and "SECRETS" not in said and (line is None or f"line {line}" in said), said
 
 
 @pytest.mark.parametrize("option", ["--config", "--token-file"])
@@ -2595,18 +2159,11 @@ def test_file_that_cannot_be_read_is_named(box, option, kind):
 @pytest.mark.parametrize("token_from, file_from", list(itertools.product(("file", "variable", "option"), repeat=2)))
 def test_token_and_its_file_are_one_setting_of_which_the_later_source_holds(box, token_from, file_from):
     (box.folder / "t").write_text(f"{LONG_TOKEN}\r\n")
-    tree, environ, words = {}, {"BETA9_TOKEN": None}, []
-    for name, text, source in (("token", TOKEN, token_from), ("token_file", str(box.folder / "t"), file_from)):
-        if source == "file":
-            tree[name] = text
-        if source == "variable":
-            environ[f"BETA9_{name.upper()}"] = text
-        if source == "option":
-            words += [f"--{name.replace('_', '-')}", text]
-    (box.folder / "c").write_text(json.dumps(tree))
-    done = box.run("--dry-run", "--config", box.folder / "c", *words, **environ)
+    words, environ = give(box, [("token", "token", TOKEN, token_from),
+                                ("token_file", "token_file", box.folder / "t", file_from)])
+    done = box.run("--dry-run", *words, **{"BETA9_TOKEN": None, **environ})
     if token_from == file_from:
-        assert "--token-file" in one_line(done) or "token_file" in done.stderr
+        assert "token and token_file are both given" in one_line(done)
         return
     order = ["file", "variable", "option"]
     winner = TOKEN if order.index(token_from) > order.index(file_from) else LONG_TOKEN
@@ -2722,9 +2279,8 @@ def test_dry_run_shows_settings_with_sources_and_both_bodies_and_sends_nothing(b
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1", "172.32.0.1", "100.128.0.1",
                                   "3221225985"])
 def test_gateway_at_a_public_address_in_cleartext_is_refused(box, host):
-    done = box.run("--dry-run", "--gateway-host", host)
-    line, = done.stderr.splitlines()
-    assert done.returncode == 2 and all(word in line for word in ("--tls", "--ssh", "--allow-cleartext"))
+    line = one_line(box.run("--dry-run", "--gateway-host", host))
+    assert all(word in line for word in ("--tls", "--ssh", "--allow-cleartext")), line
 
 
 @pytest.mark.slow
@@ -2761,17 +2317,16 @@ def missing(name):
 
 @pytest.mark.parametrize("module, package", [("requests", "requests"), ("psutil", "psutil"), ("yaml", "pyyaml")])
 def test_package_that_is_missing_ends_with_1_and_its_remedy(box, module, package):
-    (box.folder / "c").write_text("pool_name: gpu\n")
     path = stand_in_package(box.folder / "path", module, missing(module))
-    done = box.run("--dev", "--once", "--config", box.folder / "c", PYTHONPATH=path)
+    done = box.run("--dev", "--once", "--config", box.config("pool_name: gpu\n"), PYTHONPATH=path)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and package in done.stderr.lower(), done.stderr
     assert "install" in done.stderr and "python3-pynvml" not in done.stderr
 
 
 def test_package_yaml_is_not_needed_by_json(box):
-    (box.folder / "c").write_text(' \n{"pool_name": "gpu"}')
     path = stand_in_package(box.folder / "path", "yaml", missing("yaml"))
-    assert body_field(box.run("--dry-run", "--config", box.folder / "c", PYTHONPATH=path), "pool_name") == "gpu"
+    done = box.run("--dry-run", "--config", box.config(' \n{"pool_name": "gpu"}'), PYTHONPATH=path)
+    assert body_field(done, "pool_name") == "gpu"
 
 
 @pytest.mark.parametrize("minor", [6, 7, 8, 9])
@@ -2783,29 +2338,6 @@ def test_python_that_is_too_old_says_which_one_is_needed(box, minor):
         pytest.skip(f"no Python 3.{minor} here")
     done = subprocess.run([found[0], PROGRAM, "--version"], capture_output=True, text=True, env=box.environ)
     assert done.returncode == 1 and "3.10" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-
-
-# ---- Exit codes
-REFUSED, TROUBLE = says(500, {"message": "Invalid pool name"}), says(500, {"message": "Failed to register machine"})
-
-
-def test_failure_after_the_first_ready_never_ends_the_agent(box, gateway):
-    agent = box.ready(gateway, "--startup-timeout", "0")
-    for fault in (DENIED, FORBIDDEN, REFUSED, says(404, {"message": "Not Found"})):
-        gateway.always = fault
-        after = len(gateway.seen)
-        wait(lambda: len(gateway.seen) > after + 1, agent.log)
-        gateway.always = None
-        gateway.ready_again()
-    assert agent.poll() is None and agent.stop() == 0
-
-
-def test_second_agent_of_one_folder_ends_with_75_and_names_the_first(box, gateway):
-    first = box.ready(gateway)
-    second = box.start(gateway)
-    assert second.wait(60) == 75 and str(first.pid) in second.log() and first.poll() is None
-    first.stop(signal.SIGKILL)
-    assert box.ready(gateway).stop() == 0
 
 
 # ---- State folder
@@ -2899,6 +2431,14 @@ def mode_of(path):
     return path.stat().st_mode & 0o777
 
 
+def test_second_agent_of_one_folder_ends_with_75_and_names_the_first(box, gateway):
+    first = box.ready(gateway)
+    second = box.start(gateway)
+    assert second.wait(60) == 75 and str(first.pid) in second.log() and first.poll() is None
+    first.stop(signal.SIGKILL)
+    assert box.ready(gateway).stop() == 0
+
+
 def test_state_id_outlives_kill_9_and_is_new_on_another_machines_copy_of_the_disk(box, gateway):
     box.ready(gateway).stop(signal.SIGKILL)
     assert box.ready(gateway).stop() == 0
@@ -2915,14 +2455,9 @@ def test_state_id_of_0_2_is_kept(box, gateway):
     box.state.mkdir()
     machine = pathlib.Path("/etc/machine-id")
     text = b"beta9-agent" + machine.read_bytes() if machine.exists() else None
-    of_disk = hashlib.sha256(text).hexdigest() if text else "-"
-    (box.state / "machine-id").write_text(f"{ID} {of_disk}\n")
-    (box.state / f"{ID}.offer").write_text('{"cpu": 2000, "memory": 100, "gpu_count": 0}\n')
-    (box.state / f"{ID}.status.json").write_text('{"format": 1, "state": "stopped", "pid": 1}\n')
-    (box.state / f"{ID}.lock").write_text("123456789\n")
-    for _ in range(2):
-        assert box.ready(gateway).stop() == 0
-    assert {link.json["machine_id"] for link in gateway.seen} == {ID}
+    (box.state / "machine-id").write_text(f"{ID} {hashlib.sha256(text).hexdigest() if text else '-'}\n")
+    box.ready(gateway)
+    assert gateway.seen[0].json["machine_id"] == ID
 
 
 def test_state_of_several_first_starts_at_once_is_one_agent(box, gateway):
@@ -2956,12 +2491,11 @@ def other_users_python():
     pytest.skip("no Python here that another user may start")
 
 
-@pytest.mark.parametrize("umask", ["000", "077"])
-def test_status_by_another_user_works(gateway, umask):
+def test_status_by_another_user_works_whatever_the_umask(gateway):
     words = other_users_python()
     with tempfile.TemporaryDirectory() as place, contextlib.closing(Box(pathlib.Path(place))) as box:
         box.folder.chmod(0o755)
-        agent = box.ready(gateway, "--offer-always", before=["sh", "-c", f'umask {umask}; exec "$@"', "sh"])
+        agent = box.ready(gateway, "--offer-always", before=["sh", "-c", 'umask 077; exec "$@"', "sh"])
 
         def status():
             return subprocess.run([*words, PROGRAM, "--status", "--state-dir", box.state], capture_output=True,
@@ -2997,26 +2531,23 @@ def test_state_files_that_are_links_lead_nowhere(box, gateway):
     assert {mode_of(victims[name]) for name in names} == {0o666 & ~os.umask(os.umask(0o22))}
 
 
-@pytest.mark.slow
-def test_state_files_that_are_pipes_are_not_waited_for(box, gateway):
-    assert planted(box, gateway, os.mkfifo)[1].stop() == 0
-
-
 DAMAGE = {"empty": b"", "binary": b"\xff\0\x1b", "list": b"[]\n", "large": b"{" * 10 ** 6, "deep": b"[" * 50000,
-          "text": b'{"machine_id": "../../etc", "gpu_count": -1e999}', "folder": None}
+          "text": b'{"machine_id": "../../etc", "gpu_count": -1e999}', "folder": pathlib.Path.mkdir, "pipe": os.mkfifo}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("binary", "folder")))
-                                  for name in DAMAGE])
+@pytest.mark.parametrize("name", rows(DAMAGE, "binary", "folder"))
 def test_state_files_that_are_damaged_are_made_anew_with_a_warning(box, gateway, name):
+    damage = DAMAGE[name]
+    replaceable = isinstance(damage, bytes)
+
     def plant(path):
-        path.mkdir() if DAMAGE[name] is None else path.write_bytes(DAMAGE[name])
+        path.write_bytes(damage) if replaceable else damage(path)
 
     agent = planted(box, gateway, plant)[1]
     assert "WARNING" in agent.log() and agent.stop() == 0
     second = gateway.seen[-1].json["machine_id"]
     assert re.fullmatch("[0-9a-f]{8}", second)
-    if DAMAGE[name] is not None:
+    if replaceable:
         box.ready(gateway).stop()
         assert gateway.seen[-1].json["machine_id"] == second, "the new id is kept"
 
@@ -3082,27 +2613,8 @@ def test_state_folder_that_hangs_costs_no_keepalive_and_no_stop(box, gateway, pr
     wait(lambda: box.record().get("state") == "running", agent.log)
     flag.touch()
     time.sleep(1)
-    start = time.monotonic()
-    assert agent.stop() == 0 and time.monotonic() - start < 5, "2 s, and room for a busy machine"
+    assert agent.stop(within=5) == 0, "2 s, and room for a busy machine"
     assert threads < 6
-
-
-@pytest.mark.slow
-def test_state_record_of_many_and_long_and_odd_pods_is_bounded_and_printable(box, gateway, k3s):
-    odd = "\x1b[2J\x07\x9b" + TOKEN + "é" * 200
-    k3s.pods = [[f"worker-{number}-{odd}", f"Running{odd}", "5m"] for number in range(110)]
-    agent = box.ready(gateway, *k3s.options("--max-cpu", "1"))
-    record = wait(lambda: box.record().get("k3s", {}).get("workers") and box.record(), agent.log)
-    path, = box.state.glob("*status.json")
-    text = json.dumps(record, ensure_ascii=False)
-    assert path.stat().st_size < 65536 and text.isprintable() and len(record["k3s"]["workers"]) <= 50
-    assert record["k3s"]["worker_count"] == 110
-    for words in (["--status"], ["--status", "--json"]):
-        shown = box.run(*words).stdout
-        assert shown and [line for line in shown.splitlines() if not line.isprintable()] == []
-        assert not leaks(shown, TOKEN, K3S_TOKEN)
-    assert not leaks(agent.log() + text, TOKEN, K3S_TOKEN)
-    assert [line for line in agent.log().splitlines() if not line.isprintable()] == []
 
 
 # ---- ssh
@@ -3129,17 +2641,18 @@ def test_ssh_carries_without_a_listening_socket_and_ends_with_the_agent(box, gat
     assert gateway.seen[-1].call == REGISTER, "it left through ssh"
 
 
-@pytest.mark.parametrize("number, stubborn", [(signal.SIGKILL, ""), (signal.SIGTERM, "stubborn")], ids=["kill", "term"])
-def test_ssh_and_its_children_end_with_the_agent(box, gateway, ssh_host, number, stubborn):
-    """A ProxyCommand is a child of ssh; a stubborn one would outlive it."""
-    command = f"ProxyCommand {sys.executable} {relay(ssh_host.folder)} %h %p {stubborn}\n"
-    ssh_host.conf.write_text(ssh_host.conf.read_text() + command)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+def test_ssh_ends_with_the_agent_and_by_a_stop_its_children_too(box, gateway, ssh_host, number):
+    """A ProxyCommand is a child of ssh; this one is stubborn, and would outlive it."""
+    child = """sh -c 'trap "" HUP INT TERM; sleep 600' <&- >&- 2>&- &\n"""
+    change(ssh_host.program, "exec", child + "exec")
     agent = ssh_host.ready()
     started = psutil.Process(agent.pid).children(recursive=True)
     assert len(started) >= 2, "ssh, and what it started"
     try:
         agent.stop(number)
-        wait(lambda: not any(alive(process) for process in started), lambda: started)
+        wait(lambda: ssh_host.clients() == [])
+        wait(lambda: number == signal.SIGKILL or not any(map(alive, started)), lambda: started)
     finally:
         ssh_host.kill(started)
 
@@ -3150,51 +2663,35 @@ def alive(process):
     return False
 
 
-def relay(folder):
-    """What `nc` is elsewhere."""
-    path = folder / "relay.py"
-    path.write_text(textwrap.dedent("""
-        import os, signal, socket, sys, threading
-        stubborn = bool(sys.argv[3:])
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if stubborn else signal.SIG_DFL)
-        sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
-        def copy_in():
-            while data := os.read(0, 65536):
-                sock.sendall(data)
-            if not stubborn:
-                os._exit(0)
-        threading.Thread(target=copy_in, daemon=True).start()
-        while data := sock.recv(65536):
-            os.write(1, data)
-        while stubborn:
-            signal.pause()
-        """))
-    return path
-
-
-@pytest.mark.parametrize("lost_one", ["ssh", "session", pytest.param("server", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lost_one", ["ssh", "session", pytest.param("server", marks=pytest.mark.slow),
+                                      pytest.param("server-hangs", marks=pytest.mark.slow)])
 def test_ssh_that_is_lost_comes_back_and_the_lease_with_it(box, gateway, ssh_host, lost_one):
     agent = ssh_host.ready()
-    before = ssh_host.clients()
+    before, sessions = ssh_host.clients(), ssh_host.sessions()
     if lost_one == "server":
         ssh_host.stop()
         agent.says("failed")
         ssh_host.listen()
+    elif lost_one == "server-hangs":
+        for process in sessions:
+            process.suspend()
     else:
-        ssh_host.kill(before if lost_one == "ssh" else ssh_host.sessions())
+        ssh_host.kill(before if lost_one == "ssh" else sessions)
     gateway.ready_again()
+    ssh_host.kill(sessions)
     assert agent.poll() is None and not set(before) & set(ssh_host.clients())
     assert len(gateway.calls(REGISTER)) == 1, "no lease was lost"
 
 
 @pytest.mark.slow
-def test_ssh_that_is_killed_while_idle_is_noticed_before_the_next_keepalive(box, gateway, ssh_host):
-    agent = ssh_host.ready("--keepalive-interval", "0.5")
-    wait(lambda: len(gateway.calls(KEEPALIVE)) > 2)
-    for _ in range(2):
-        ssh_host.kill(ssh_host.clients())
-        gateway.ready_again()
-    assert len(gateway.calls(REGISTER)) == 1 and agent.stop() == 0
+def test_ssh_that_is_killed_while_idle_is_replaced_long_before_the_next_keepalive(box, gateway, ssh_host):
+    """With this TTL that is due after 24 s at the soonest."""
+    gateway.ttl = 86400
+    agent = ssh_host.ready("--keepalive-interval", "240")
+    start = time.monotonic()
+    ssh_host.kill(ssh_host.clients())
+    gateway.ready_again()
+    assert time.monotonic() - start < 20 and len(gateway.calls(REGISTER)) == 1 and not agent.lines("failed")
 
 
 def change(path, old, new):
@@ -3217,8 +2714,8 @@ SSH_TROUBLE = {     # how it is made, and ssh's own words
                                              check=True, capture_output=True), "Permission denied")}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in (
-    "host-key-of-another", "passphrase", "gateway-not-permitted"))) for name in SSH_TROUBLE])
+@pytest.mark.parametrize("name", rows(
+    SSH_TROUBLE, "key-not-let-in", "host-key-unknown", "nothing-listens", "gateway-not-there"))
 def test_ssh_that_fails_has_its_own_last_line_in_the_log_and_nobody_is_asked(box, gateway, ssh_host, name):
     """Whom ssh would ask for a yes or a passphrase here is `askpass`."""
     make, words = SSH_TROUBLE[name]
@@ -3239,12 +2736,9 @@ def test_ssh_with_a_banner_is_no_fault_and_its_words_are_not_the_reason(box, gat
     ssh_host.stop()
     ssh_host.listen()
     agent = ssh_host.ready()
-    gateway.faults[KEEPALIVE].extend([TROUBLE] * 3)
-    wait(lambda: not gateway.faults[KEEPALIVE])
-    gateway.ready_again()
+    gateway.fail(TROUBLE, breaks(b"HTTP/1.1 20"))
     agent.says("500")
-    assert not [line for line in agent.lines("WARNING", "ERROR") if "Authorized" in line and "500" not in line]
-    assert agent.stop() == 0
+    assert agent.lines("Authorized") == [] and agent.stop() == 0
 
 
 def test_ssh_that_is_missing_names_the_package(box):
@@ -3273,38 +2767,22 @@ def test_ssh_runs_a_remote_forward_of_the_users_own_configuration(box, gateway, 
 @pytest.mark.slow
 def test_ssh_that_is_slow_to_begin_has_time_for_its_first_request(box, gateway, ssh_host):
     """15 s: more than the deadline of a request, less than the allowance of a new ssh."""
-    real = ssh_host.program.read_text()
-    ssh_host.program.write_text(real.replace("exec ", "sleep 15; exec "))
-    agent = ssh_host.start("--startup-timeout", "0")
-    wait(lambda: gateway.ready() or agent.poll() is not None, agent.log)
-    assert agent.poll() is None and "failed" not in agent.log(), agent.log()
-    assert agent.stop() == 0
+    change(ssh_host.program, "exec ", "sleep 15; exec ")
+    agent = ssh_host.ready("--startup-timeout", "0")
+    assert "failed" not in agent.log() and agent.stop() == 0, agent.log()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda it: it.name)
 @pytest.mark.parametrize("hung", ["clients", "sessions"])
-def test_ssh_that_hangs_ends_with_the_agent(box, gateway, ssh_host, hung, number):
+def test_ssh_that_hangs_ends_with_the_agent(box, gateway, ssh_host, hung):
     agent = ssh_host.ready("--keepalive-interval", "0.5")
     stuck = getattr(ssh_host, hung)()
     for process in stuck:
         process.suspend()
     time.sleep(1)
-    start = time.monotonic()
-    assert agent.stop(number) == 0 and time.monotonic() - start < 5, "2 s, and room for a busy machine"
+    assert agent.stop(within=5) == 0, "2 s, and room for a busy machine"
     wait(lambda: ssh_host.clients() == [])
     ssh_host.kill(stuck)
-
-
-@pytest.mark.slow
-def test_ssh_whose_server_hangs_is_replaced_and_no_lease_is_lost(box, gateway, ssh_host):
-    agent = ssh_host.ready()
-    stuck = ssh_host.sessions()
-    for process in stuck:
-        process.suspend()
-    gateway.ready_again()
-    ssh_host.kill(stuck)
-    assert agent.poll() is None and len(gateway.calls(REGISTER)) == 1
 
 
 @pytest.mark.slow
@@ -3317,45 +2795,24 @@ def test_ssh_with_tls_checks_the_gateways_name(box, ssh_host, certificates):
 
 
 # ---- Cards
-def free_counts(gateway):
-    return [link.json["metrics"]["free_gpu_count"] for link in gateway.calls(KEEPALIVE)]
-
-
-@pytest.mark.parametrize("age", ["", pytest.param("OLD", marks=pytest.mark.slow)], ids=["today", "driver-of-470"])
 @pytest.mark.parametrize("gpus, count, free", [
-    ("..b", "3", 2), (".x.", "2", 2), ("l.", "1", 1), ("r.e", "1", 1), ("u?s", "3", None), ("mM", "2", 1)],
+    ("..b", "3", 2), (".x.", "2", 2), ("l.", "1", 1), ("r.e", "1", 1), ("?.", "2", 1), (".M", "2", 1)],
     ids=["busy", "lost", "lost-after-its-handle", "reset-and-unknown-error", "not-supported", "mig"])
-def test_cards_are_counted_with_what_each_can_tell(box, gateway, nvml_libraries, gpus, count, free, age):
-    driver = Driver(nvml_libraries(age), box.folder / "driver")
+def test_cards_are_counted_with_what_each_can_tell(box, gateway, driver, gpus, count, free):
     driver.say(gpus)
     agent = box.ready(gateway, **driver.environ)
-    assert gateway.registered("gpu_count") == [count], agent.log()
-    assert free is None or free_counts(gateway)[0] == free, agent.log()
+    assert (gateway.registered("gpu_count"), free_counts(gateway)[0]) == ([count], free), agent.log()
     assert "Traceback" not in agent.log() and agent.stop() == 0
 
 
-def test_cards_of_a_driver_that_knows_no_processes_are_counted_and_it_is_said_once(box, gateway, nvml_libraries):
-    driver = Driver(nvml_libraries("ANCIENT"), box.folder / "driver")
+@pytest.mark.parametrize("age", ["OLD", "ANCIENT"])
+def test_cards_of_a_driver_that_knows_no_processes_are_counted_and_it_is_said_once(box, gateway, nvml_libraries, age):
+    driver = Driver(nvml_libraries(age), box.folder / "driver")
     driver.say("..")
     agent = box.ready(gateway, **driver.environ)
     wait(lambda: len(gateway.calls(KEEPALIVE)) > 3)
     assert gateway.registered("gpu_count") == ["2"] and "Traceback" not in agent.log() and agent.stop() == 0
     assert len([line for line in agent.lines("WARNING") if re.search("driver|process|GPU", line)]) == 1, agent.log()
-
-
-def test_cards_that_are_lost_or_added_or_busy_are_told(box, gateway, driver):
-    driver.say("..")
-    agent = box.ready(gateway, **driver.environ)
-    driver.say(".b")
-    wait(lambda: free_counts(gateway)[-1] == 1, agent.log)
-    driver.say(".x")
-    wait(lambda: gateway.registered("gpu_count")[-1] == "1", agent.log)
-    gateway.ready_again()
-    driver.say("...")
-    wait(lambda: gateway.registered("gpu_count")[-1] == "3", agent.log)
-    gateway.ready_again()
-    assert free_counts(gateway)[-1] == 3 and gateway.registered("gpu_count") == ["2", "1", "3"]
-    assert agent.stop() == 0
 
 
 @pytest.mark.parametrize("init", [9, 18, 999], ids=["kernel-module-not-loaded", "version-mismatch", "unknown-error"])
@@ -3390,15 +2847,15 @@ def test_cards_whose_names_are_bytes_are_named_as_text(box, gateway, driver):
     import pynvml
     driver.say("..")
     text = pathlib.Path(pynvml.__file__).read_text() + textwrap.dedent("""
-        def as_bytes(function):
-            return lambda *words: (lambda text: text if isinstance(text, bytes) else text.encode())(function(*words))
-        nvmlDeviceGetName = as_bytes(nvmlDeviceGetName)
-        nvmlSystemGetDriverVersion = as_bytes(nvmlSystemGetDriverVersion)
+        name_as_text = nvmlDeviceGetName
+        def nvmlDeviceGetName(device):
+            name = name_as_text(device)
+            return name if isinstance(name, bytes) else name.encode()
         """)
     path = stand_in_package(box.folder / "path", "pynvml", text)
     agent = box.ready(gateway, PYTHONPATH=path, **driver.environ)
     names = [card["name"] for card in wait(lambda: box.record().get("gpus"), agent.log)]
-    assert names == ["NVIDIA Stub 0", "NVIDIA Stub 1"] and agent.stop() == 0
+    assert names == ["NVIDIA Stub 0", "NVIDIA Stub 1"]
 
 
 @pytest.mark.slow
@@ -3421,7 +2878,7 @@ def test_driver_that_hangs_later_delays_once_and_loses_no_card(box, gateway, dri
     driver.say("..", hang=True)
     wait(lambda: free_counts(gateway)[-20:] == [0] * 20, agent.log)
     threads = agent.facts("Threads")
-    pauses = sorted(two.time - one.time for one, two in itertools.pairwise(gateway.seen))
+    pauses = sorted(pauses_of(gateway.seen))
     assert pauses[-1] < 30 and pauses[-2] < 4, "5 s, once"
     driver.say("..")
     wait(lambda: free_counts(gateway)[-1] == 2, agent.log)
@@ -3430,14 +2887,12 @@ def test_driver_that_hangs_later_delays_once_and_loses_no_card(box, gateway, dri
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda it: it.name)
-def test_driver_that_hangs_is_not_waited_for_by_a_stop(box, gateway, driver, number):
+def test_driver_that_hangs_is_not_waited_for_by_a_stop(box, gateway, driver):
     driver.say("..", hang=True)
     agent = box.start(gateway, **driver.environ)
     maps = pathlib.Path(f"/proc/{agent.pid}/maps")
     wait(lambda: "libnvidia-ml" in maps.read_text(), agent.log)
-    start = time.monotonic()
-    assert agent.stop(number) == 0 and time.monotonic() - start < 4, "2 s, and the driver is waited for 5 s"
+    assert agent.stop(within=4) == 0, "2 s, and the driver is waited for 5 s"
 
 
 # ---- Faults of the machine
@@ -3457,8 +2912,7 @@ def test_memory_that_is_short_for_3_s_is_overcome_and_the_agent_can_be_stopped(b
     gateway.drop()
     limited(agent, resource.RLIMIT_AS, agent.facts("VmSize") * 1024 + 4096 * (run + 1), 3)
     gateway.ready_again()
-    start = time.monotonic()
-    assert agent.stop() == 0 and time.monotonic() - start < 5, agent.log()
+    assert agent.stop(within=5) == 0, agent.log()
 
 
 @pytest.mark.slow
@@ -3471,8 +2925,7 @@ def test_threads_that_cannot_be_started_are_a_failure_that_passes(box, gateway, 
         flag.unlink()
         gateway.ready_again()
     flag.touch()
-    start = time.monotonic()
-    assert agent.stop() == 0 and time.monotonic() - start < 5 and "Traceback" not in agent.log(), agent.log()
+    assert agent.stop(within=5) == 0 and "Traceback" not in agent.log(), agent.log()
 
 
 @pytest.mark.slow
@@ -3493,13 +2946,10 @@ OUTPUTS = {"all-closed": 'exec "$@" <&- >&- 2>&-', "stderr-closed": 'exec "$@" 2
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_output_that_is_gone_costs_lines_alone_and_they_go_nowhere_else(box, gateway, name):
     agent = box.ready(gateway, "--debug", before=["sh", "-c", OUTPUTS[name], "sh"])
-    gateway.faults[KEEPALIVE].extend([breaks(), TROUBLE, breaks(reset=True)])
-    wait(lambda: not gateway.faults[KEEPALIVE])
-    gateway.ready_again()
+    gateway.fail(breaks(), TROUBLE, breaks(reset=True))
     assert {link.call for link in gateway.seen} == {REGISTER, KEEPALIVE}, "no log line among the requests"
     assert agent.stop() == 0
-    texts = [path.read_text() for path in box.state.iterdir()]
-    assert not [text for text in texts if "DEBUG" in text]
+    assert not [path for path in box.state.iterdir() if "DEBUG" in path.read_text()]
 
 
 @pytest.mark.slow
@@ -3511,9 +2961,7 @@ def test_output_into_a_pipe_that_nobody_reads_costs_lines_alone(box, gateway, re
     os.close(here)
     if not read:
         os.close(there)
-    gateway.faults[KEEPALIVE].extend([says(200, "é" * (300 + 7 * number)) for number in range(12)])
-    wait(lambda: not gateway.faults[KEEPALIVE])
-    gateway.ready_again()
+    gateway.fail(*(says(200, "é" * (300 + 7 * number)) for number in range(12)))
     assert agent.stop() == 0
     if read:
         os.close(there)
@@ -3527,72 +2975,52 @@ def footprint(agent):
 
 
 class Treadmill:
-    """A gateway whose answers to keepalives and registrations are taken in turn, counted and forgotten."""
+    """A fault for `always`: answers in turn, which are counted. What the gateway has seen is forgotten."""
 
-    def __init__(self, gateway, *faults):
-        self.gateway, self.faults, self.count = gateway, itertools.cycle(faults), itertools.count(1)
-        self.turns = 0
-        gateway.always = self
+    def __init__(self, gateway, answers):
+        self.gateway, self.answers, self.turns = gateway, itertools.cycle(answers), 0
 
     def __call__(self, link):
-        self.turns = next(self.count)
+        self.turns += 1
         if len(self.gateway.seen) > 500:
             del self.gateway.seen[:400]
-        return (next(self.faults) or late(0))(link)
+        return (next(self.answers) or late(0))(link)
 
 
-def stays_flat(box, gateway, preloaded, turns, first, count, *options):
-    """An agent's footprint grows no more between `first` and `count` of `turns`, and it is ready afterwards."""
-    agent = box.ready(gateway, *options, LD_PRELOAD=preloaded, STUB_FASTER=20, PYTHONUNBUFFERED=1)
-    start = turns()
-    wait(lambda: turns() > start + first or agent.poll() is not None, agent.log, limit=300)
-    before = footprint(agent)
-    wait(lambda: turns() > start + count or agent.poll() is not None, agent.log, limit=600)
-    after = footprint(agent)
-    assert agent.poll() is None and after[0] - before[0] < 2, (before, after)
-    assert after[1] <= before[1] + 3 and after[2] <= before[2] + 2, (before, after)
-    gateway.always = None
-    gateway.start() if gateway.listener.fileno() < 0 else None
-    gateway.ready_again()
-    assert agent.stop() == 0 and len(agent.log()) < 10 ** 6
-    return before, after
-
-
-@pytest.mark.soak
-def test_soak_of_10000_keepalives_half_of_which_fail_is_flat(box, gateway, preloaded, capsys):
-    agent = Treadmill(gateway, None, None, TROUBLE, None, breaks(), None, breaks(reset=True), lost)
-    gateway.always = None
-    threading.Timer(2, lambda: setattr(gateway, "always", agent)).start()
-    figures = stays_flat(box, gateway, preloaded, lambda: agent.turns, 1000, 10_000)
-    with capsys.disabled():
-        print(f"\nsoak: MiB, files, threads {figures}, connections {gateway.connections}")
-
-
-FORGOT = says(500, {"message": NOT_FOUND})
-MODES = {   # the answers in turn, and how many turns in about half a minute
+MODES = {   # the answers in turn, and how many turns: but for the soak, about half a minute
+    "soak": ([None, None, TROUBLE, None, breaks(), None, breaks(reset=True), lost], 10_000),
     "reset": ([breaks(reset=True)], 300), "closed": ([breaks()], 3000), "500": ([TROUBLE], 4000),
-    "forgotten": ([FORGOT, None], 3000), "half-an-answer": ([breaks(b"HTTP/1.1 200 OK\r\nContent-Le")], 3000),
-    "hang": ([silent], 150), "refused": (None, 400), "k3s-away": ([None], 3000), "k3s-hangs": ([None], 3000)}
+    "forgotten": ([GONE, None], 3000), "half-an-answer": ([breaks(b"HTTP/1.1 200 OK\r\nContent-Le")], 3000),
+    "hang": ([silent], 150), "refused": ([None], 400), "k3s-away": ([None], 3000), "k3s-hangs": ([None], 3000)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODES)
-def test_fast_turns_in_one_failure_mode_are_flat(box, gateway, preloaded, certificates, name):
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.soak if name == "soak" else pytest.mark.slow) for name in MODES])
+def test_footprint_in_one_failure_mode_grows_no_more_after_a_quarter_of_the_turns(
+        box, gateway, preloaded, certificates, capsys, name):
     answers, count = MODES[name]
-    mill, clock = Treadmill(gateway, *(answers or [None])), time.monotonic
-    gateway.always = None
-
-    def begin():
-        gateway.always = mill
-        gateway.stop() if name == "refused" else None
-
-    threading.Timer(1.5, begin).start()
+    mill, clock = Treadmill(gateway, answers), time.monotonic
     with Server(greet=SILENT) as hanging:
         port = hanging.port if name == "k3s-hangs" else 9
         options = ["--k3s-token", K3S_TOKEN, "--k3s-url", f"https://127.0.0.1:{port}", "--k3s-ca-file",
                    certificates.path()] if "k3s" in name else []
-        turns = (lambda: clock() * 20) if name == "refused" else (lambda: mill.turns)
-        stays_flat(box, gateway, preloaded, turns, count // 4, count, *options)
+        agent = box.ready(gateway, *options, LD_PRELOAD=preloaded, STUB_FASTER=20, PYTHONUNBUFFERED=1)
+        gateway.always = mill
+        if name == "refused":
+            gateway.stop()
+        start, figures = clock(), []
+        for turns in (count // 4, count):
+            wait(lambda: (mill.turns if name != "refused" else (clock() - start) * 20) > turns
+                 or agent.poll() is not None, agent.log, limit=600)
+            figures.append(footprint(agent))
+        gateway.always = None
+        if name == "refused":
+            gateway.start()
+        gateway.ready_again()
+        assert agent.stop() == 0 and len(agent.log()) < 10 ** 6
+    with capsys.disabled():
+        print(f"\n{name}: MiB, files, threads {figures}, connections {gateway.connections}")
+    assert all(now <= then + more for then, now, more in zip(*figures, (2, 3, 2))), figures
 
 
 # ---- How the file is laid out
@@ -3601,11 +3029,13 @@ LINES = SOURCE.read_text().splitlines()
 TREE = ast.parse(SOURCE.read_text())
 ROOMS = {int(found[1]): number for number, line in enumerate(LINES, 1)
          if (found := re.match(r"# ---- (\d+) \S", line))}
-FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
 def nodes(kind, tree=TREE):
     return [node for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+FUNCTIONS = nodes(ast.FunctionDef)
 
 
 def in_rooms(first, last):
@@ -3620,10 +3050,6 @@ def bound_by(node):
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         return [(each.asname or each.name).partition(".")[0] for each in node.names]
     return [name.id for name in nodes(ast.Name, node) if isinstance(name.ctx, ast.Store)]
-
-
-def test_layout_rooms_stand_in_order():
-    assert list(ROOMS) == list(range(1, 14)) and list(ROOMS.values()) == sorted(ROOMS.values())
 
 
 def test_layout_functions_use_only_what_stands_above_them():
@@ -3649,6 +3075,7 @@ def test_layout_functions_use_only_what_stands_above_them():
 
 def test_layout_rooms_2_to_4_reach_nothing_outside_the_process():
     """Law 2: modules that compute, no built-in that reads or prints, no log line."""
+    assert list(ROOMS) == list(range(1, 14))
     imported = {name for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom)) for name in bound_by(node)}
     pure = {"argparse", "base64", "enum", "math", "re", "json", "ipaddress", "urllib", "contextlib", "logging",
             "Any", "Callable", "Iterable", "Iterator", "Mapping", "NamedTuple", "collections", "functools"}
@@ -3673,19 +3100,11 @@ def test_layout_functions_and_lines_are_short():
 
 
 def test_layout_no_private_names_of_libraries_are_used():
-    """Law 10: but for urllib3's `_new_conn`, and the public methods of NamedTuple that look private."""
-    own = {node.name for node in FUNCTIONS} | {
-        each.attr for each in nodes(ast.Attribute) if isinstance(each.ctx, ast.Store)}
-    allowed = own | {"_replace", "_asdict", "_fields", "_new_conn"}
-    names = [each.attr for each in nodes(ast.Attribute)]
-    names += [each.name for node in nodes(ast.ImportFrom) for each in node.names]
-    names += [each.value for call in nodes(ast.Call) if ast.unparse(call.func) in ("getattr", "hasattr", "setattr")
-              for each in call.args[1:] if isinstance(each, ast.Constant) and isinstance(each.value, str)]
-    assert "_new_conn" in names
-    assert [name for name in names if re.match("_[a-z]", name) and name not in allowed] == []
-    modules = {part for node in nodes(ast.Import) for each in node.names for part in each.name.split(".")}
-    modules |= {part for node in nodes(ast.ImportFrom) for part in (node.module or "").split(".")}
-    assert {name for name in modules if name.startswith("_")} <= {"_thread"}
+    """Law 10: but for the public methods of NamedTuple that look private."""
+    names = {each.attr for each in nodes(ast.Attribute)} | {
+        each.name for node in nodes(ast.ImportFrom) for each in node.names}
+    private = {name for name in names if re.match("_[a-z]", name)} - {node.name for node in FUNCTIONS}
+    assert private <= {"_replace", "_asdict", "_fields"}
 
 
 # ---- What the decisions are made of
@@ -3738,50 +3157,36 @@ def state(status="ready", **more):
 # ---- What an answer means
 HTML, BETWEEN = "<html><body>Log in to the Hotel</body></html>", "in between"
 MEANINGS = [
-    # Of gateway-api.md, row by row
+    # Of gateway-api.md
     ("registered", REGISTER, 200, {"config": None, "machine_state": state("registered")}, "OK", ""),
     ("registered-config", REGISTER, 200, {"config": configuration(), "machine_state": state()}, "OK", ""),
     ("registered-upstream", REGISTER, 200, {"config": configuration()}, "OK", ""),
-    ("register-payload", REGISTER, 400, message("Invalid payload"), "REFUSED", "--dry-run"),
-    ("register-token", REGISTER, 401, message("Unauthorized"), "DENIED", "beta9 machine create --pool external"),
-    ("register-kind", REGISTER, 403, message("Invalid token"), "FORBIDDEN", "token of another kind"),
-    ("register-pool", REGISTER, 500, message("Invalid pool name"), "REFUSED", "check --pool-name"),
-    ("register-cpu", REGISTER, 500, message("Invalid machine cpu value"), "REFUSED", "--dry-run"),
-    ("register-memory", REGISTER, 500, message("Invalid machine memory value"), "REFUSED", "--dry-run"),
-    ("register-gpus", REGISTER, 500, message("Invalid gpu count"), "REFUSED", "--dry-run"),
-    ("register-redis", REGISTER, 500, message("Failed to register machine"), "TROUBLE", "Redis"),
-    ("register-remote", REGISTER, 500, message("Unable to create remote config"), "REFUSED", "upstream"),
-    ("register-panic", REGISTER, 500, message("Internal Server Error"), "TROUBLE", "Redis"),
+    ("payload", REGISTER, 400, message("Invalid payload"), "REFUSED", "--dry-run"),
+    ("token", REGISTER, 401, message("Unauthorized"), "DENIED", "beta9 machine create --pool external"),
+    ("kind", REGISTER, 403, message("Invalid token"), "FORBIDDEN", "token of another kind"),
+    ("pool", REGISTER, 500, message("Invalid pool name"), "REFUSED", "check --pool-name"),
+    ("cpu", REGISTER, 500, message("Invalid machine cpu value"), "REFUSED", "--dry-run"),
+    ("gpus", REGISTER, 500, message("Invalid gpu count"), "REFUSED", "--dry-run"),
+    ("redis", REGISTER, 500, message("Failed to register machine"), "TROUBLE", "Redis"),
+    ("remote", REGISTER, 500, message("Unable to create remote config"), "REFUSED", "upstream"),
     ("kept", KEEPALIVE, 200, {"status": "ok", "machine_state": state()}, "OK", ""),
-    ("kept-stateless", KEEPALIVE, 200, {"status": "ok"}, "OK", ""),
-    ("kept-null-error", KEEPALIVE, 200, {"status": "ok", "error_code": None}, "OK", ""),
-    ("expired-today", KEEPALIVE, 500, message(NOT_FOUND), "FORGOTTEN", "machine"),
-    ("expired-404", KEEPALIVE, 404, message("x", error_code="machine_not_found"), "FORGOTTEN", ""),
-    ("expired-410", KEEPALIVE, 410, message("x", error_code="machine_expired", suggestion="y"), "FORGOTTEN", ""),
-    ("expired-200", KEEPALIVE, 200, {"status": "ok", "error_code": "machine_expired"}, "FORGOTTEN", ""),
+    ("kept-stateless", KEEPALIVE, 200, {"status": "ok", "error_code": None}, "OK", ""),
+    ("expired", KEEPALIVE, 500, message(NOT_FOUND), "FORGOTTEN", "machine"),
     ("error-token", KEEPALIVE, 400, message("x", error_code="invalid_token"), "DENIED", "Get a new one"),
     ("error-pool", KEEPALIVE, 404, message("x", error_code="invalid_pool"), "REFUSED", "no pool external"),
     ("error-other", KEEPALIVE, 418, message("x", error_code="whatever"), "TROUBLE", "Is this the gateway?"),
-    ("keepalive-redis", KEEPALIVE, 500, message("Failed to update keepalive: failed to set x"), "TROUBLE", ""),
-    ("keepalive-ids", KEEPALIVE, 400, message("machine_id and pool_name are required"), "REFUSED", "--dry-run"),
-    ("keepalive-payload", KEEPALIVE, 400, message("Invalid payload"), "REFUSED", "--dry-run"),
-    ("keepalive-401", KEEPALIVE, 401, message("Unauthorized"), "DENIED", "database is away"),
-    ("keepalive-403", KEEPALIVE, 403, message("Invalid token"), "FORBIDDEN", ""),
-    ("keepalive-upstream", KEEPALIVE, 404, message("Not Found"), "REFUSED", "Beta9 fork is needed"),
+    ("ids", KEEPALIVE, 400, message("machine_id and pool_name are required"), "REFUSED", "--dry-run"),
+    ("upstream", KEEPALIVE, 404, message("Not Found"), "REFUSED", "Beta9 fork is needed"),
     ("busy", KEEPALIVE, 429, HTML, "TROUBLE", "trouble"),
-    ("bad-gateway", KEEPALIVE, 502, HTML, "TROUBLE", "trouble"),
     ("redirect", KEEPALIVE, 301, "", "TROUBLE", "never followed"),
     ("portal", KEEPALIVE, 200, HTML, "TROUBLE", "Is this the gateway?"),
     # Of others, and hostile ones
-    ("portal-register", REGISTER, 200, HTML, "TROUBLE", "Is"), ("401-empty", REGISTER, 401, "", "TROUBLE", BETWEEN),
-    ("401-html", REGISTER, 401, HTML, "TROUBLE", BETWEEN), ("401-text", KEEPALIVE, 401, "No", "TROUBLE", BETWEEN),
-    ("403-html", REGISTER, 403, HTML, "TROUBLE", BETWEEN), ("403-json", REGISTER, 403, {"x": "y"}, "TROUBLE", BETWEEN),
-    ("407", REGISTER, 407, HTML, "TROUBLE", BETWEEN), ("404-html", KEEPALIVE, 404, HTML, "TROUBLE", "the gateway?"),
+    ("401-empty", REGISTER, 401, "", "TROUBLE", BETWEEN), ("403-html", REGISTER, 403, HTML, "TROUBLE", BETWEEN),
+    ("403-json", REGISTER, 403, {"x": "y"}, "TROUBLE", BETWEEN), ("407", REGISTER, 407, HTML, "TROUBLE", BETWEEN),
+    ("404-html", KEEPALIVE, 404, HTML, "TROUBLE", "Is this the gateway?"),
     ("register-not-found", REGISTER, 500, message("machine not found"), "TROUBLE", ""),
     ("register-404", REGISTER, 404, message("Not Found"), "TROUBLE", "Is this the gateway?"),
-    ("list", REGISTER, 200, [], "TROUBLE", ""), ("null", REGISTER, 200, "null", "TROUBLE", ""),
-    ("nothing", KEEPALIVE, 200, "", "TROUBLE", ""), ("not-ok", KEEPALIVE, 200, {"status": "not ok"}, "TROUBLE", ""),
-    ("no-status", KEEPALIVE, 200, {"machine_state": state()}, "TROUBLE", ""),
+    ("list", REGISTER, 200, [], "TROUBLE", ""), ("not-ok", KEEPALIVE, 200, {"status": "not ok"}, "TROUBLE", ""),
     ("created", KEEPALIVE, 201, {"status": "ok"}, "TROUBLE", ""), ("deep", KEEPALIVE, 200, "[" * 60000, "TROUBLE", ""),
     ("another-machine", KEEPALIVE, 200, {"status": "ok", "machine_state": state(machine_id="0badc0de")}, "TROUBLE", ""),
     ("no-text", KEEPALIVE, 200, b"\xff\x00\x1b[2J" * 99, "TROUBLE", ""),
@@ -3793,58 +3198,50 @@ MEANINGS = [
 @pytest.mark.parametrize("call, status, body, kind, words", [row[1:] for row in MEANINGS], ids=[r[0] for r in MEANINGS])
 def test_classify_answer_means_and_what_of_it_is_shown(call, status, body, kind, words):
     found = b9.classify(call, answer(status, body), CONFIG, ID)
-    assert found.kind.name == kind
-    assert words in found.remedy
-    assert "{" not in found.remedy and found.text.isprintable() and len(found.text) < 1100
+    assert found.kind.name == kind and words in found.remedy and "{" not in found.remedy
+    assert found.text.isprintable() and len(found.text) < 1100
     assert (found.text == "") == (kind == "OK") and not leaks(f"{found}", TOKEN, SECRET)
     text = b9.describe_body(answer(status, body).body)
     assert text.isprintable() and len(text) <= 1000 and SECRET not in text
 
 
 @pytest.mark.parametrize("value, ttl", [
-    (300, 300), (1, 1), (86400, 86400), (0.9, None), (0, None), (-300, None), (86401, None), (1e300, None),
-    (math.nan, None), (math.inf, None), ("300", None), (True, None), (None, None), ([300], None)], ids=repr)
+    (1, 1), (86400, 86400), (0.9, None), (-300, None), (86401, None), (math.nan, None), ("300", None), (True, None),
+    ([300], None)], ids=repr)
 def test_classify_ttl_is_taken_where_it_is_sane(value, ttl):
     body = {"status": "ok", "machine_state": state(ttl_seconds=value)}
     assert b9.classify(KEEPALIVE, answer(200, body), CONFIG, ID) == outcome("OK", ttl=ttl)
 
 
 @pytest.mark.parametrize("status, value, seconds", [
-    (429, "7", 7), (503, "120", 120), (503, "0", 0), (500, "7", 0), (200, "7", 0), (429, "-1", 0), (429, "1.5", 0),
-    (429, "", 0), (429, "9999999999", 0), (429, "\u00b2", 0), (429, "\u0667", 0), (429, "1e3", 0),
-    (503, "Wed, 21 Oct 2026 07:28:00 GMT", 0)], ids=repr)
+    (429, "7", 7), (503, "120", 120), (500, "7", 0), (429, "-1", 0), (429, "1.5", 0), (429, "9999999999", 0),
+    (429, "\u0667", 0), (503, "Wed, 21 Oct 2026 07:28:00 GMT", 0)], ids=repr)
 def test_classify_retry_after_is_whole_seconds_of_429_and_503(status, value, seconds):
     found = b9.classify(KEEPALIVE, answer(status, HTML, Retry_After=value), CONFIG, ID)
     assert found.retry_after == seconds
 
 
 @pytest.mark.parametrize("fields, words", [
-    ({"config": None}, "tailscale.directRedisHost"),
-    ({"config": configuration(mode="local")}, "pool external is of mode local"),
-    ({"config": configuration(provider="aws")}, "pool external is of provider aws, .*--provider-name"),
-    ({"config": configuration(provider="\x1b[2J")}, r"provider \\x1b\[2J"),
+    ({"config": configuration(provider="\x1b[2J")}, r"of provider \\x1b\[2J, .*--provider-name"),
     ({"config": configuration()}, "^$"), ({"config": configuration(pool="another")}, "^$"),
-    ({"config": configuration(mode="", provider=None)}, "^$"), ({}, "^$"), ({"config": []}, "^$"),
+    ({"config": configuration(mode="", provider=None)}, "^$"), ({}, "^$"),
     ({"config": {"worker": {"pools": {"external": "x"}}}}, "^$")],
-    ids="null mode provider hostile good other-pool untold none list odd".split())
-def test_explain_placement_says_why_no_work_will_come(fields, words):
-    text = b9.explain_placement(fields, CONFIG)
+    ids="hostile good other-pool untold none odd".split())
+def test_classify_placement_says_why_no_work_will_come(fields, words):
+    text = b9.classify(REGISTER, answer(200, fields), CONFIG, ID).placement
     assert re.search(words, text) and text.isprintable()
-    assert b9.classify(REGISTER, answer(200, fields), CONFIG, ID).placement == text
 
 
 # ---- The schedule
 @pytest.mark.parametrize("failing_for, cap, floor, ceiling", [
-    (0, 66, 1, 4), (4, 66, 1, 4), (10, 66, 1, 10), (59, 66, 1, 59), (60, 66, 1, 60), (86400, 66, 1, 60),
-    (86400, 22, 1, 22), (0, 2, 0.5, 2), (86400, 0.11, 0.0275, 0.11)])
+    (0, 66, 1, 4), (10, 66, 1, 10), (86400, 66, 1, 60), (86400, 22, 1, 22), (0, 2, 0.5, 2)])
 def test_backoff_is_drawn_between_a_floor_and_a_ceiling_that_grows(failing_for, cap, floor, ceiling):
     assert b9.backoff(failing_for, cap, min) == pytest.approx(floor)
     assert b9.backoff(failing_for, cap, max) == pytest.approx(ceiling)
 
 
-@pytest.mark.parametrize("interval, ttl, expected, keepalive", [
-    ("60", 300, 60, 10), ("60", 30, 10, 10), ("240", 300, 100, 10), ("0.1", 300, 0.1, 2), ("60", 9, 3, 3),
-    ("60", 1, 1 / 3, 2)])
+@pytest.mark.parametrize("interval, ttl, expected, keepalive", [("60", 300, 60, 10), ("240", 300, 100, 10),
+                                                                ("0.1", 300, 0.1, 2), ("60", 9, 3, 3)])
 def test_interval_is_at_most_a_third_of_the_ttl_and_deadlines_follow_for_keepalives_alone(
         interval, ttl, expected, keepalive):
     config, lease = config_of("--keepalive-interval", interval), KEPT._replace(ttl=ttl)
@@ -3857,19 +3254,16 @@ OWED = FAILING._replace(register_failed=True)
 
 
 @pytest.mark.parametrize("lease, want, now, call", [
-    (b9.Lease(0.0), WANTED, 1000, REGISTER), (KEPT, WANTED, 1060, KEEPALIVE), (KEPT, WANTED, 1300, KEEPALIVE),
-    (KEPT, WANTED, 1301, REGISTER), (KEPT._replace(ttl=30.0), WANTED, 1031, REGISTER),
-    (KEPT._replace(registered=None), WANTED, 1010, REGISTER), (KEPT, NEW_KEY, 1010, REGISTER),
-    (KEPT, WANTED._replace(private_ip="10.0.0.3"), 1010, REGISTER), (KEPT, wanted(memory=1), 1010, REGISTER),
-    (FAILING, WANTED, 1064, KEEPALIVE), (FAILING, NEW_KEY, 1064, REGISTER),
-    (OWED, NEW_KEY, 1064, KEEPALIVE), (OWED, wanted(memory=1), 1064, KEEPALIVE),
-    (OWED, wanted(cpu=9000), 1064, KEEPALIVE), (OWED, wanted(gpu_count=5), 1064, KEEPALIVE),
-    (OWED, wanted(cpu=0), 1064, REGISTER), (OWED, wanted(gpu_count=3), 1064, REGISTER),
-    (OWED, wanted(cpu=9000, gpu_count=3), 1064, REGISTER), (OWED, NEW_KEY, 1301, REGISTER),
-    (OWED._replace(registered=None), NEW_KEY, 1064, REGISTER)],
-    ids="""start known at-the-ttl past-the-ttl past-a-short-ttl forgotten new-token new-address new-memory failing
-        failing-and-new-token owed-token owed-memory owed-more-cpu owed-more-gpus larger-cpu-known larger-gpus-known
-        larger-in-part owed-past-the-ttl owed-and-forgotten""".split())
+    (STARTING, WANTED, 1000, REGISTER), (KEPT, WANTED, 1300, KEEPALIVE), (KEPT, WANTED, 1301, REGISTER),
+    (KEPT._replace(ttl=30.0), WANTED, 1031, REGISTER), (KEPT._replace(registered=None), WANTED, 1010, REGISTER),
+    (KEPT, NEW_KEY, 1010, REGISTER), (KEPT, WANTED._replace(private_ip="10.0.0.3"), 1010, REGISTER),
+    (KEPT, wanted(memory=1), 1010, REGISTER), (FAILING, WANTED, 1064, KEEPALIVE), (FAILING, NEW_KEY, 1064, REGISTER),
+    (OWED, NEW_KEY, 1064, KEEPALIVE), (OWED, wanted(cpu=9000), 1064, KEEPALIVE),
+    (OWED, wanted(gpu_count=5), 1064, KEEPALIVE), (OWED, wanted(cpu=0), 1064, REGISTER),
+    (OWED, wanted(cpu=9000, gpu_count=3), 1064, REGISTER), (OWED, NEW_KEY, 1301, REGISTER)],
+    ids="""start at-the-ttl past-the-ttl past-a-short-ttl forgotten new-token new-address new-memory failing
+        failing-and-new-token owed-token owed-more-cpu owed-more-gpus larger-cpu-known larger-in-part
+        owed-past-the-ttl""".split())
 def test_next_call_is_a_keepalive_where_the_gateway_knows_what_is_wanted(lease, want, now, call):
     assert b9.next_call(lease, want, now) == call
 
@@ -3889,51 +3283,38 @@ SHORT, BUSY = KEPT._replace(ttl=30.0), {"retry_after": 999999999.0}
 
 @pytest.mark.parametrize("lease, call, kind, now, least, most, more", [
     (STARTING, REGISTER, "OK", 1002, 0, 0, {}), (REGISTERED, KEEPALIVE, "OK", 1000, 6, 60, {}),
-    (KEPT, KEEPALIVE, "OK", 1061, 53, 65, {}), (KEPT, KEEPALIVE, "OK", 1250, 54, 66, {}),
-    (KEPT, KEEPALIVE, "OK", 1060, 9, 11, {"ttl": 30.0}), (KEPT, KEEPALIVE, "TROUBLE", 1060, 1, 4, {}),
-    (FAILING, KEEPALIVE, "TROUBLE", 1090, 1, 30, {}), (FAILING, REGISTER, "DENIED", 9999, 1, 60, {}),
-    (FAILING, REGISTER, "OK", 1090, 0, 0, {}), (SHORT, KEEPALIVE, "TROUBLE", 9999, 1, 4, {}),
-    (KEPT, KEEPALIVE, "FORGOTTEN", 1060, 0, 0, {}), (FAILING, KEEPALIVE, "FORGOTTEN", 1060, 1, 4, {}),
-    (KEPT, KEEPALIVE, "TROUBLE", 1060, 5, 30, {"retry_after": 5.0}), (KEPT, KEEPALIVE, "TROUBLE", 1060, 75, 100, BUSY),
-    (SHORT, KEEPALIVE, "TROUBLE", 1060, 7.5, 10, BUSY), (FAILING, REGISTER, "TROUBLE", 1060, 75, 100, BUSY)],
-    ids="""registered first-keepalive keepalive after-a-suspend shorter-ttl trouble longer-trouble long-trouble
-        registered-again short-ttl forgotten forgotten-again retry-after retry-much-later retry-with-a-short-ttl
-        retry-failing""".split())
+    (KEPT, KEEPALIVE, "OK", 1061, 53, 65, {}), (KEPT, KEEPALIVE, "OK", 1005, 54, 66, {}),
+    (KEPT, KEEPALIVE, "OK", 1250, 54, 66, {}), (KEPT, KEEPALIVE, "OK", 1060, 9, 11, {"ttl": 30.0}),
+    (KEPT, KEEPALIVE, "TROUBLE", 1060, 1, 4, {}), (FAILING, KEEPALIVE, "TROUBLE", 1090, 1, 30, {}),
+    (FAILING, REGISTER, "DENIED", 9999, 1, 60, {}), (FAILING, REGISTER, "OK", 1090, 0, 0, {}),
+    (KEPT, KEEPALIVE, "FORGOTTEN", 1060, 0, 0, {}),
+    (FAILING, KEEPALIVE, "FORGOTTEN", 1060, 1, 4, {}), (KEPT, KEEPALIVE, "TROUBLE", 1060, 5, 30, {"retry_after": 5.0}),
+    (KEPT, KEEPALIVE, "TROUBLE", 1060, 75, 100, BUSY), (SHORT, KEEPALIVE, "TROUBLE", 1060, 7.5, 10, BUSY)],
+    ids="""registered first-keepalive keepalive early-keepalive after-a-suspend shorter-ttl trouble longer-trouble
+        long-trouble registered-again forgotten forgotten-again retry-after retry-much-later
+        retry-with-a-short-ttl""".split())
 def test_lease_after_a_call_is_due_after_a_pause_between(lease, call, kind, now, least, most, more):
     for draw, pause in ((min, least), (max, most)):
         assert after(lease, call, kind, float(now), draw, **more).due - now == pytest.approx(pause)
 
 
-def test_lease_after_each_answer_holds_what_the_gateway_knows_and_since_when():
-    lease = after(STARTING, REGISTER, "OK", 1002.0, ttl=120.0)
-    assert (lease.ttl, lease.registered, lease.confirmed_at, lease.kept_at) == (120, WANTED, 1002, None)
-    assert b9.next_call(lease, WANTED, 1002) == KEEPALIVE
-    kept = after(lease, KEEPALIVE, "OK", 1003.0)
-    assert (kept.ttl, kept.confirmed_at, kept.kept_at) == (120, 1003, 1003)
-    denied = after(after(kept, KEEPALIVE, "DENIED", 1060.0), KEEPALIVE, "DENIED", 1070.0)
+@pytest.mark.parametrize("kind", ["DENIED", "UNSAFE"])
+def test_lease_after_denials_knows_since_when_and_a_keepalive_alone_ends_the_outage(kind):
+    denied = after(after(KEPT, KEEPALIVE, kind, 1060.0), KEEPALIVE, kind, 1070.0)
     assert (denied.failing_since, denied.denied_since, denied.failures, denied.registered) == (1060, 1060, 2, WANTED)
     assert after(denied, KEEPALIVE, "TROUBLE", 1080.0).denied_since is None
     again = after(denied, REGISTER, "OK", 1090.0)
-    assert (again.failing_since, again.denied_since) == (1060, None), "a keepalive alone ends an outage"
-    assert after(again, KEEPALIVE, "OK", 1091.0).failing_since is None
-    forgotten = after(kept, KEEPALIVE, "FORGOTTEN", 1060.0)
-    assert forgotten.registered is None and b9.next_call(forgotten, WANTED, 1060) == REGISTER
+    assert (again.failing_since, again.denied_since) == (1060, None)
+    ended = after(again, KEEPALIVE, "OK", 1091.0)
+    assert (ended.failing_since, ended.failures) == (None, 0)
 
 
-def test_lease_pending_registration_never_starves_it():
-    """A register route that fails and a keepalive route that works: by turns, and never silent for a TTL."""
-    lease, calls, kept = KEPT, [], [1000.0]
-    now = 1010.0
-    while now < 3000:
-        call = b9.next_call(lease, NEW_KEY, now)
-        calls.append(call)
-        now += 10 * (call == REGISTER)
-        lease = after(lease, call, "OK" if call == KEEPALIVE else "TROUBLE", now, max, want=NEW_KEY)
-        kept += [now] * (call == KEEPALIVE)
-        now = lease.due
-    assert calls[:6] == [REGISTER, KEEPALIVE] * 3 and set(zip(calls[::2], calls[1::2])) == {(REGISTER, KEEPALIVE)}
-    assert max(later - sooner for sooner, later in zip(kept, kept[1:])) < 150
-    assert lease.registered == WANTED and lease.failing_since is not None
+def test_lease_after_a_registration_that_fails_is_kept_alive_by_turns_with_pauses():
+    lease, calls = KEPT, []
+    for _ in range(6):
+        calls.append(b9.next_call(lease, NEW_KEY, lease.due))
+        lease = after(lease, calls[-1], "OK" if calls[-1] == KEEPALIVE else "TROUBLE", lease.due, max, want=NEW_KEY)
+    assert calls == [REGISTER, KEEPALIVE] * 3 and lease.failing_since == 1060 and lease.due - lease.kept_at == 60
 
 
 @pytest.mark.parametrize("known, tried", [(WANTED, wanted(cpu=0)), (wanted(cpu=0), WANTED)], ids=["opened", "closed"])
@@ -3946,30 +3327,22 @@ def test_lease_after_a_registration_whose_answer_was_lost_is_not_taken_for_what_
     assert REGISTER in calls and calls[-1] == KEEPALIVE and lease.failing_since is None
 
 
-AT_ONCE, AT_MOST_30 = ["--startup-timeout", "0"], ["--startup-timeout", "30"]
-LONG_DENIED, JUST_ONCE = STARTING._replace(denied_since=1000.0), ["--once"]
-
-
-@pytest.mark.parametrize("lease, words, ends", [
-    (STARTING, [], math.inf), (STARTING, AT_MOST_30, 1030), (KEPT, AT_ONCE, math.inf),
-    (STARTING._replace(denied_since=1010.0), [], 1070), (KEPT._replace(denied_since=1010.0), [], math.inf),
-    (STARTING._replace(denied_since=1010.0), AT_MOST_30, 1030)],
-    ids="for-ever timeout ready denied denied-in-mid-life both".split())
-def test_patience_ends_before_the_first_ready_alone(lease, words, ends):
-    assert b9.patience_ends(lease, 1000.0, config_of(*words)) == ends
+AT_ONCE, AT_MOST_30, JUST_ONCE = ["--startup-timeout", "0"], ["--startup-timeout", "30"], ["--once"]
+LONG_DENIED = STARTING._replace(denied_since=1000.0)
 
 
 @pytest.mark.parametrize("kind, lease, words, now, code", [
     ("OK", STARTING, JUST_ONCE, 1000, None), ("TROUBLE", STARTING, [], 9999, None),
     ("TROUBLE", STARTING, JUST_ONCE, 1000, 69), ("TROUBLE", STARTING, AT_MOST_30, 1029, None),
-    ("TROUBLE", STARTING, AT_MOST_30, 1030, 69), ("TROUBLE", STARTING, AT_ONCE, 1000, 69),
-    ("DENIED", LONG_DENIED, [], 1059, None), ("DENIED", LONG_DENIED, [], 1060, 77),
-    ("DENIED", STARTING, JUST_ONCE, 1000, 77), ("UNSAFE", LONG_DENIED, [], 1059, None),
-    ("UNSAFE", LONG_DENIED, [], 1060, 69), ("FORBIDDEN", STARTING, [], 1000, 77),
-    ("REFUSED", STARTING, [], 1000, 78), ("FORGOTTEN", STARTING, [], 1000, None),
-    ("FORGOTTEN", STARTING, JUST_ONCE, 1000, 69), *((kind.name, KEPT, AT_ONCE, 9999, None) for kind in b9.Kind)])
+    ("TROUBLE", STARTING, AT_MOST_30, 1030, 69), ("DENIED", LONG_DENIED, [], 1059, None),
+    ("DENIED", LONG_DENIED, [], 1060, 77), ("DENIED", LONG_DENIED, AT_MOST_30, 1030, 77),
+    ("UNSAFE", LONG_DENIED, [], 1060, 69), ("FORBIDDEN", STARTING, [], 1000, 77), ("REFUSED", STARTING, [], 1000, 78),
+    ("FORGOTTEN", STARTING, [], 1000, None), ("FORGOTTEN", STARTING, JUST_ONCE, 1000, 69),
+    *((kind.name, KEPT, AT_ONCE, 9999, None) for kind in b9.Kind)])
 def test_exit_code_after_a_failure_before_the_first_ready_and_never_later(kind, lease, words, now, code):
-    assert b9.exit_code_after(outcome(kind), lease, 1000.0, now, config_of(*words)) == code
+    config = config_of(*words)
+    assert b9.exit_code_after(outcome(kind), lease, 1000.0, now, config) == code
+    assert lease is not KEPT or b9.patience_ends(lease, 1000.0, config) == math.inf
 
 
 # ---- The budget of reliability.md, by simulation
@@ -3982,10 +3355,14 @@ class Life:
         self.draw, self.lease, self.config, self.now = draw, lease, config, lease.due
         self.calls = []     # (start, call, kind)
 
+    def next(self, want):
+        """The next call, and when it is due."""
+        call = b9.next_call(self.lease, want, self.now)
+        return call, b9.next_due(self.lease, call, False, self.now)
+
     def turn(self, want, reply):
         """Whether there was a call; if not, time goes on."""
-        call = b9.next_call(self.lease, want, self.now)
-        due = b9.next_due(self.lease, call, False, self.now)
+        call, due = self.next(want)
         if self.now < due:
             self.now = min(due, self.now + 5)
             return False
@@ -3995,13 +3372,14 @@ class Life:
         self.calls.append((start, call, found.kind.name))
         return True
 
-    def run(self, until, reply, want=WANTED):
+    def run(self, until, reply):
         while self.now < until:
-            self.turn(want, reply)
+            self.turn(WANTED, reply)
         return self
 
-    def of(self, call, kind="OK"):
-        return [start for start, each, result in self.calls if each == call and result == kind]
+    def of(self, call):
+        """When each call began that went well."""
+        return [start for start, each, result in self.calls if each == call and result == "OK"]
 
 
 def answered(call, now):
@@ -4050,32 +3428,28 @@ class Fleet:
     """10,000 agents, and a gateway that answers at once."""
 
     def __init__(self, seed, starts):
-        self.draw, self.bins, self.ready = random.Random(seed).uniform, collections.Counter(), {}
-        self.leases = [b9.Lease(start) for start in starts]
+        draw = random.Random(seed).uniform
+        self.lives = [Life(draw, b9.Lease(start)) for start in starts]
         self.heap = [(start, number) for number, start in enumerate(starts)]
-        self.known, self.age = [-1] * len(starts), 0        # who is known, in which age of the gateway
         heapq.heapify(self.heap)
+        self.bins, self.known, self.ready = collections.Counter(), set(), {}
+
+    def answer(self, number, call, now):
+        if call == REGISTER:
+            self.known.add(number)
+        elif number in self.known:
+            self.ready.setdefault(number, now)
+        return outcome("OK" if number in self.known else "FORGOTTEN"), 0.0
 
     def run(self, until, away=False):
-        """Counts requests in bins of 1 s, and when each agent is ready for the first time in this age."""
-        outcomes = {kind.name: outcome(kind.name) for kind in b9.Kind}
+        """Counts requests in bins of 1 s, and when each agent is ready for the first time."""
         while self.heap[0][0] < until:
             now, number = self.heap[0]
-            call, kind = b9.next_call(self.leases[number], WANTED, now), "OK"
+            life = self.lives[number]
+            life.now = now
+            life.turn(WANTED, lambda *call: (outcome("TROUBLE"), 0.0) if away else self.answer(number, *call))
             self.bins[int(now)] += 1
-            if away:
-                kind = "TROUBLE"
-            elif call == REGISTER:
-                self.known[number] = self.age
-            elif self.known[number] != self.age:
-                kind = "FORGOTTEN"
-            else:
-                self.ready.setdefault(number, now)
-            lease = b9.lease_after(self.leases[number], call, WANTED, outcomes[kind], now, CONFIG, self.draw)
-            due = max(now, b9.next_due(lease, b9.next_call(lease, WANTED, now), False, now))
-            self.leases[number] = lease
-            heapq.heapreplace(self.heap, (due, number))
-        return self
+            heapq.heapreplace(self.heap, (max(now, life.next(WANTED)[1]), number))
 
 
 @pytest.mark.slow
@@ -4087,7 +3461,7 @@ def test_budget_fleet_forgotten_in_an_outage_of_600_s_returns_without_a_stampede
     fleet.run(away)
     second_minute = max(fleet.bins[second] for second in range(1060, 1120))
     fleet.run(back, away=True)
-    fleet.age, fleet.ready = 1, {}
+    fleet.known, fleet.ready = set(), {}
     fleet.run(back + 75)
     peak = max(fleet.bins[second] for second in range(back, back + 75))
     seconds = sorted(fleet.ready.values())[9899] - back
@@ -4102,9 +3476,8 @@ GOOD, NO_CA = b9.K3sView(workers={}, node=NODE), b9.K3sView(notice="not asked")
 FAULT, WORKING = b9.K3sView("k3s is away"), GOOD._replace(workers={"w1": b9.Worker("Running", 0.0)})
 
 
-def metrics(cpu=8000, memory=32000, **more):
-    return b9.Metrics(**{**dict.fromkeys(b9.Metrics._fields), "total_cpu_available": cpu,
-                         "total_memory_available": memory, "free_gpu_count": 0, **more})
+def metrics(cpu=8000, memory=32000):
+    return b9.Metrics(None, None, cpu, memory, None, None, 0)
 
 
 def cards(here, lost=0):
@@ -4112,29 +3485,21 @@ def cards(here, lost=0):
 
 
 @pytest.mark.parametrize("found, gpus, words, offer", [
-    (metrics(), cards(4), [], (8000, 32000, 4)), (metrics(), cards(3, 1), [], (8000, 32000, 3)),
-    (metrics(), None, [], (8000, 32000, 4)), (metrics(None, None), cards(4), [], (8000, 32000, 4)),
+    (metrics(), cards(3, 1), [], (8000, 32000, 3)), (metrics(None, None), None, [], (8000, 32000, 4)),
     (metrics(), cards(4), ["--max-cpu", "6.5", "--max-memory", "16Gi", "--max-gpus", "2"], (6500, 16384, 2)),
     (metrics(), cards(4), ["--max-cpu", "64", "--max-memory", "999Gi", "--max-gpus", "9"], (8000, 32000, 4)),
-    (metrics(), None, ["--max-gpus", "0"], (8000, 32000, 0)), (metrics(8079, 32319), cards(4), [], (8000, 32000, 4)),
-    (metrics(8080, 32320), cards(4), [], (8080, 32320, 4)), (metrics(7921, 31681), cards(4), [], (8000, 32000, 4)),
-    (metrics(7920, 31680), cards(4), [], (7920, 31680, 4)), (metrics(), cards(0), [], (8000, 32000, 0))],
-    ids="""all lost-card driver-hangs unknown capped caps-above cap-and-hang under-1-percent-more 1-percent-more
-        under-1-percent-less 1-percent-less no-cards""".split())
+    (metrics(), None, ["--max-gpus", "0"], (8000, 32000, 0)), (metrics(8079, 31681), cards(4), [], (8000, 32000, 4)),
+    (metrics(8080, 31680), cards(4), [], (8080, 31680, 4)), (metrics(), cards(0), [], (8000, 32000, 0))],
+    ids="lost-card unknown capped caps-above cap-and-hang under-1-percent 1-percent no-cards".split())
 def test_offer_of_is_what_is_there_under_the_caps_and_as_before_where_unknown_or_hardly_changed(
         found, gpus, words, offer):
     assert b9.offer_of(found, gpus, FULL, config_of(*words)) == offer
 
 
-def test_offer_of_at_the_start_is_what_is_there_or_nothing():
-    assert b9.offer_of(metrics(1000, 99), cards(1), b9.Offer(0, 0, 0), CONFIG) == (1000, 99, 1)
-    assert b9.offer_of(metrics(None, None), None, b9.Offer(0, 0, 0), CONFIG) == (0, 0, 0)
-
-
 class Planner:
     """`plan_offer` turn by turn; what it wants is confirmed by the gateway unless that is away."""
 
-    def __init__(self, promise=b9.Promise(4)):
+    def __init__(self, promise):
         self.promise, self.registered, self.reason = promise, FULL, ""
 
     def turn(self, gpus, view, now, confirmed=True):
@@ -4146,26 +3511,21 @@ class Planner:
 
 @pytest.mark.parametrize("node, offer, words", [
     (None, FULL, ""), (NODE, FULL, ""), (b9.Offer(1500, 4096, 8), (1500, 4096, 4), ""),
-    (b9.Offer(1500, 4096, 0), (1500, 4096, 0), "k3s has 0 of 4 GPUs for workers"),
     (b9.Offer(64000, 512000, 1), (8000, 32000, 1), "k3s has 1 of 4 GPUs")],
-    ids="unknown larger smaller no-plugin fewer-gpus".split())
+    ids="unknown larger smaller fewer-gpus".split())
 def test_plan_offer_usable_k3s_is_all_that_is_there_and_no_more_than_its_node_has(node, offer, words):
-    view = NO_CA if node is None else GOOD._replace(node=node)
-    found, promise, reason = b9.plan_offer(FULL, b9.Promise(0), view, None, 0.0)
-    assert ("device plugin in" in reason) == (words != "")
-    view = view._replace(has_mig=True)
-    assert ("MIG_STRATEGY" in b9.plan_offer(FULL, b9.Promise(0), view, None, 0.0)[2]) == (words != "")
+    found, promise, reason = b9.plan_offer(FULL, b9.Promise(0), GOOD._replace(node=node), None, 0.0)
     assert found == offer and promise == b9.Promise(offer[2]) and words in reason and (reason == "") == (words == "")
 
 
 def test_plan_offer_unusable_k3s_is_offered_no_cpu_the_rest_unchanged_and_the_promise_stays():
-    patient = b9.Promise(4, quiet_since=5.0, patience=600.0)
+    patient = b9.Promise(4, quiet_since=5.0, from_before=True)
     closed = FULL._replace(cpu=0), patient._replace(quiet_since=None), FAULT.fault
     assert b9.plan_offer(FULL, patient, FAULT, FULL, 9.0) == closed
     assert b9.plan_offer(FULL, b9.Promise(2), FAULT, FULL, 9.0)[1].gpu_count == 2, "nothing was promised with CPU"
 
 
-AT_A_START = b9.Promise(4, patience=b9.WORKER_PATIENCE)      # as at a start
+AT_A_START = b9.Promise(4, from_before=True)
 NO_PLUGIN = GOOD._replace(node=NODE._replace(gpu_count=0))
 AWAY = "the gateway is away"
 
@@ -4176,38 +3536,28 @@ AWAY = "the gateway is away"
     (b9.Promise(4), [(0, 3, GOOD), (590, 3, WORKING)], 601, "workers now: 1"),
     (b9.Promise(4), [(0, 3, GOOD), (590, 3, FAULT)], 601, "k3s is away"),
     (b9.Promise(4), [(0, 3, GOOD), (590, 2, GOOD)], 601, "2 GPUs are here where 4 were offered"),
-    (b9.Promise(4), [(0, 4, NO_PLUGIN)], 601, "0 GPUs are here where 4"),
+    (b9.Promise(4), [(0, 4, NO_PLUGIN)], 601, "k3s has 0 of 4 GPUs.*workers now: 0"),
     (b9.Promise(4), [(0, 3, NO_CA)], None, "workers now: unknown.*until a restart"),
-    (b9.Promise(4), [(0, 3, FAULT)], None, "k3s is away"),
     (AT_A_START, [(0, 3, NO_CA)], 601, "workers now: unknown.*for 10 minutes"),
-    (AT_A_START, [(0, 3, NO_CA), (590, 0, NO_CA)], 601, "0 GPUs are here"),
     (AT_A_START, [(0, 3, FAULT), (590, 3, NO_CA)], 600, "3 GPUs are here"),
     (AT_A_START, [(0, 4, NO_CA), (5, 3, NO_CA)], None, "until a restart")],
     ids="""lost lost-while-the-gateway-is-away worker-seen-later k3s-fault-between one-more-lost node-lost-them
-        unknown-workers fault-for-ever fewer-at-a-start driver-hangs-at-a-start fault-at-a-start
-        lost-after-the-start""".split())
+        unknown-workers fewer-at-a-start fault-at-a-start lost-after-the-start""".split())
 def test_plan_offer_fewer_gpus_than_promised_have_no_cpu_until_it_is_quiet_for_long(promise, turns, opens, words):
     planner = Planner(promise)
     for at, gpus, view, *away in turns:
         offer = planner.turn(gpus, view, at, confirmed=not away)
         assert offer.cpu == 0 or gpus == 4
     assert re.search(words, planner.reason)
-    view = GOOD if view in (WORKING, FAULT) and opens else view
+    view = GOOD if view in (WORKING, FAULT) else view
     found = next((now - at for now in range(at + 1, at + 5000) if planner.turn(gpus, view, now).cpu), None)
     assert found == opens
     assert planner.promise.gpu_count == (4 if opens is None else offer.gpu_count)
 
 
-def test_plan_offer_gpu_that_is_back_or_new_is_offered_and_promised_at_once():
-    planner = Planner()
-    planner.turn(3, WORKING, 0)
-    assert planner.turn(4, WORKING, 5) == FULL and planner.promise == b9.Promise(4)
-    assert planner.turn(6, WORKING, 6).gpu_count == 6 and planner.promise == b9.Promise(6)
-
-
 def test_steady_change_counts_once_two_looks_agree_but_for_the_first():
     steady = b9.Steady()
-    assert [steady.look(each) for each in "AABABBCDDA"] == list("AAAAABBBDD")
+    assert [steady.observe(each) for each in "AABABBCDDA"] == list("AAAAABBBDD")
 
 
 # ---- What k3s's answers mean
@@ -4218,48 +3568,20 @@ def node_list(*items, kind="NodeList"):
 ONE, BOX = K3s.node("one"), K3s.node("box")
 
 
-@pytest.mark.parametrize("body, hostname, found", [
-    (node_list(ONE), "box", ONE), (node_list(ONE, BOX), "box", BOX), (node_list(ONE, BOX), "BOX", BOX),
-    (node_list(ONE, BOX), "other", None), (node_list(), "box", {}), (node_list(ONE, kind="Status"), "box", None),
-    (b"", "box", None), (b"[]", "box", None), (node_list("x", 7), "box", None), (b'{"kind": "NodeList"}', "box", {})],
-    ids="only named case strangers none no-list empty array odd no-items".split())
-def test_find_node_is_the_only_one_or_the_one_of_this_name(body, hostname, found):
-    assert b9.find_node(body, hostname) == found
-
-
-@pytest.mark.parametrize("node, words, remedy", [
-    ({}, "k3s has no node", "kubectl get nodes"),
-    (K3s.node("box", unschedulable=True), "node box is cordoned", "`kubectl uncordon box`"),
-    (K3s.node("box", ready="False"), "node box is NotReady, kubelet says so", "journalctl -u k3s"),
-    (K3s.node("box", ready="Unknown"), "node box is Unknown", "journalctl -u k3s"),
-    (K3s.node("box", ready=None), "node box is NotReady, no reason is given", "journalctl -u k3s"),
-    *((K3s.node("box", pressure=[kind]), f"node box has {kind}", "`kubectl describe node box`")
-      for kind in ("MemoryPressure", "DiskPressure", "PIDPressure")),
-    *((K3s.node("box", taints=[effect]), f"taint stub.example/reason:{effect}",
-       f"`kubectl taint node box stub.example/reason:{effect}-`") for effect in ("NoSchedule", "NoExecute")),
-    (K3s.node("box", taints=["PreferNoSchedule"]), "", ""), (K3s.node("box"), "", "")],
-    ids="none cordon not-ready unknown no-condition memory disk pid NoSchedule NoExecute prefer good".split())
-def test_explain_node_says_why_it_takes_no_pods_and_the_remedy_that_fits(node, words, remedy):
-    text = b9.explain_node(node)
-    assert words in text and remedy in text and (text == "") == (words == "")
-    assert ("uncordon" in text) == ("cordoned" in text)
+@pytest.mark.parametrize("body, found", [
+    (node_list(ONE), ONE), (node_list(ONE, BOX), BOX), (node_list(ONE, ONE), None), (node_list(), {}),
+    (node_list(ONE, kind="Status"), None), (b"[]", None), (node_list("x", 7), None)],
+    ids="only named strangers none no-list array odd".split())
+def test_find_node_is_the_only_one_or_the_one_of_this_name(body, found):
+    assert b9.find_node(body, "BOX") == found
 
 
 @pytest.mark.parametrize("text, value", [
     ("8", 8), ("1500m", 1.5), ("0.5", 0.5), ("4Gi", 4 * 2 ** 30), ("3999880Ki", 3999880 * 1024), ("2Ti", 2 ** 41),
-    ("4G", 4e9), ("100k", 1e5), ("0", 0), (8, 8), ("", None), ("-1", None), ("1 Gi", None), ("1X", None), ("Gi", None),
-    ("1e400", None), ("9" * 400, None), (None, None), (True, None), ("\u0661", None), ("1Gi\n", None)], ids=repr)
+    ("4G", 4e9), ("100k", 1e5), (8, 8), ("", None), ("-1", None), ("1 Gi", None), ("1X", None), ("1e400", None),
+    ("9" * 400, None), (None, None), (True, None), ("\u0661", None), ("1Gi\n", None)], ids=repr)
 def test_parse_quantity_reads_kubernetes_quantities_alone(text, value):
     assert b9.parse_quantity(text) == (None if value is None else pytest.approx(value))
-
-
-@pytest.mark.parametrize("fits, offer", [
-    ({}, (1000000, 4096000, 0)), ({"cpu": "1500m", "memory": "4096Mi", "gpu": "4"}, (1500, 4096, 4)),
-    ({"cpu": "x"}, None), ({"memory": None}, None), ({"gpu": "many"}, None)],
-    ids="no-gpu all cpu-odd memory-missing gpu-odd".split())
-def test_parse_allocatable_is_an_offer_or_unknown(fits, offer):
-    assert b9.parse_allocatable(K3s.node("box", **fits)) == offer
-    assert b9.parse_allocatable({}) is None
 
 
 def table(*rows, columns=K3s.COLUMNS, **more):
@@ -4268,22 +3590,20 @@ def table(*rows, columns=K3s.COLUMNS, **more):
 
 
 def test_parse_workers_keeps_since_when_a_state_is_seen():
-    """The age of its pod says so where it was not seen before."""
     first = b9.parse_workers(table(("w1", "0/1", "Pending"), ("w2", "1/1", "Running")), {}, 10.0)
-    assert first == {"w1": ("Pending", 10.0), "w2": ("Running", 10.0)} and b9.count_running(first) == 1
+    assert first == {"w1": ("Pending", 10.0), "w2": ("Running", 10.0)}
     later = b9.parse_workers(table(("w1", "1/1", "Running"), ("w2", "1/1", "Running")), first, 20.0)
-    assert later == {"w1": ("Running", 20.0), "w2": ("Running", 10.0)} and b9.count_running(later) == 2
+    assert later == {"w1": ("Running", 20.0), "w2": ("Running", 10.0)}
 
 
 @pytest.mark.parametrize("body, workers", [
-    (table(), {}), (table(columns=()), {}), (b"", None), (b"{}", None), (node_list(), None),
-    (b'{"kind": "Table", "rows": 7, "columnDefinitions": "x"}', {}),
+    (table(columns=()), {}), (b"{}", None), (node_list(), None),
     (table(("Running", "w1"), columns=("Status", "Name")), {"w1": ("Running", 5.0)}),
     (table(("w\x1b", 7, ["x"] * 99)), {"w\\x1b": (str(["x"] * 99)[:60], 5.0)}),
     (table(("w1", "", "Pending", 0, "2d3h"), ("w2", "", "Pending", 0, "1m5s"), ("w3", "", "Pending", 0, "<unknown>")),
      {"w1": ("Pending", 5.0 - 183600), "w2": ("Pending", 5.0 - 65), "w3": ("Pending", 5.0)}),
     (table(*((f"w{at}", "", "x") for at in range(3000))), {f"w{at}": ("x", 5.0) for at in range(1000)})],
-    ids="none no-columns empty object nodes odd other-order hostile ages very-many".split())
+    ids="no-columns object nodes other-order hostile ages very-many".split())
 def test_parse_workers_reads_a_table_of_at_most_1000_pods_by_its_columns(body, workers):
     assert b9.parse_workers(body, {}, 5.0) == workers
 
@@ -4291,8 +3611,7 @@ def test_parse_workers_reads_a_table_of_at_most_1000_pods_by_its_columns(body, w
 @pytest.mark.parametrize("status, age, told", [
     ("Running", 9999, False), ("Pending", 119, False), ("Pending", 121, True), ("ContainerCreating", 9999, False),
     ("Completed", 0, False), *((status, 0, True) for status in (
-        "CrashLoopBackOff", "ImagePullBackOff", "ErrImagePull", "InvalidImageName", "CreateContainerConfigError",
-        "Init:CrashLoopBackOff", "OOMKilled", "Evicted", "Error", "CreateContainerError"))], ids=str)
+        "ErrImagePull", "InvalidImageName", "Init:CrashLoopBackOff"))], ids=str)
 def test_explain_workers_tells_of_a_worker_that_cannot_run(status, age, told):
     text = b9.explain_workers({"good": b9.Worker("Running", 0.0), "w1": b9.Worker(status, 0.0)}, float(age))
     assert text == (f"worker w1 cannot run, {status}: see `kubectl describe pod w1`" if told else "")
@@ -4302,70 +3621,37 @@ PENDING = {"w1": b9.Worker("Pending", 0.0), "w2": b9.Worker("Pending", 0.0)}
 
 
 @pytest.mark.parametrize("workers, node, now, fault, notice", [
-    ({}, BOX, 0, "", ""), (PENDING, BOX, 500, "", "worker w1 cannot run, Pending"), ({}, {}, 0, "k3s has no node", ""),
-    ({}, K3s.node("box", unschedulable=True), 0, "uncordon", ""), ({}, None, 0, "", "node is not known"),
+    (PENDING, BOX, 500, "", "worker w1 cannot run, Pending"), ({}, {}, 0, "k3s has no node", ""),
     (PENDING, None, 119, "", "node is not known"), (PENDING, None, 121, "w1 cannot run, Pending", "w1 cannot run"),
     ({**PENDING, "w3": b9.Worker("Running", 0.0)}, None, 500, "", "w1 cannot run"),
     ({**PENDING, "w3": b9.Worker("Pending", 450.0)}, None, 500, "", "w1 cannot run")],
-    ids="good pending no-node cordon node-unknown pending-briefly all-pending one-running one-new".split())
+    ids="pending no-node pending-briefly all-pending one-running one-new".split())
 def test_judge_k3s_node_faults_and_where_it_is_unknown_workers_that_all_pend(workers, node, now, fault, notice):
     view = b9.judge_k3s(workers, node, float(now))
     assert fault in view.fault and (view.fault == "") == (fault == "")
     assert notice in view.notice and (view.notice == "") == (notice == "")
     assert view.fault == "" or view.fault.endswith(b9.NO_CPU)
-    assert view.workers == workers and view.node == (b9.parse_allocatable(node) if node else None)
-
-
-@pytest.mark.parametrize("status, body, words", [
-    (401, message("Unauthorized"), "refuses the token, .*beta9-k3s-token"), (500, message("boom"), "answers 500, boom"),
-    (403, message("pods is forbidden"), r"\(pods is forbidden\).*--print k3s-account"),
-    (200, HTML, "answers 200, no Kubernetes API"), (503, message("\x1b" * 999), r"\\x1b")],
-    ids="refused trouble forbidden html hostile".split())
-def test_explain_k3s_answer_says_what_it_means_and_that_no_cpu_is_offered(status, body, words):
-    text = b9.explain_k3s_answer(answer(status, body))
-    assert re.search(words, text) and b9.NO_CPU in text and text.isprintable() and len(text) < 500
 
 
 def jwt(claims):
-    return b9.Secret("eyJh." + base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=") + ".sig")
+    return "eyJh." + base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=") + ".sig"
 
 
 @pytest.mark.parametrize("token, expiry", [
-    (jwt({"exp": 1800000000}), 1800000000), (jwt({"exp": 1800000000, "iss": "\u00e4?>"}), 1800000000), (jwt({}), None),
-    (jwt({"exp": "soon"}), None), (jwt([1]), None), (None, None), (b9.Secret(K3S_TOKEN), None),
-    (b9.Secret("a.\u00e4!.c"), None), (b9.Secret("a.e30"), None), (b9.Secret("..."), None)],
-    ids="good url-safe endless text list none no-jwt no-base64 two-parts dots".split())
+    (jwt({"exp": 1800000000, "iss": "\u00e4?>"}), 1800000000), (jwt({}), None), (jwt({"exp": "soon"}), None),
+    (jwt([1]), None), (K3S_TOKEN, None), ("a.\u00e4!.c", None), ("...", None)],
+    ids="url-safe endless text list no-jwt no-base64 dots".split())
 def test_parse_expiry_is_read_from_a_jwt_alone(token, expiry):
-    assert b9.parse_expiry(token) == expiry
+    assert b9.parse_expiry(b9.Secret(token)) == expiry
 
 
 # ---- Texts
-def test_register_payload_is_all_strings_and_has_the_k3s_token():
-    payload = json.loads(json.dumps(b9.register_payload(CONFIG, ID, WANTED), default=b9.Secret.reveal))
-    assert payload == {"token": K3S_TOKEN, "machine_id": ID, "hostname": f"machine-{ID}", "provider_name": "generic",
-                       "pool_name": "external", "cpu": "8000m", "memory": "32000Mi", "gpu_count": "4",
-                       "private_ip": "10.0.0.2"}
-    without = b9.register_payload(config_of("--hostname", "box"), ID, WANTED._replace(k3s_token=None))
-    assert without["token"] == "" and without["hostname"] == "box"
-
-
-def test_keepalive_payload_leaves_unknown_out_and_keeps_zeros():
-    found = metrics(None, 32000, cpu_utilization_pct=0.0, worker_count=0)
-    payload = b9.keepalive_payload(CONFIG, ID, found)
-    assert payload.pop("metrics") == {"cpu_utilization_pct": 0.0, "total_memory_available": 32000, "free_gpu_count": 0,
-                                      "worker_count": 0}
-    assert payload == {"machine_id": ID, "provider_name": "generic", "pool_name": "external",
-                       "agent_version": f"{b9.VERSION}-python"}
-
-
-RECORD = {"state": "running", "started_at": 100.0, "ready_since": 400.0, "last_keepalive_at": 990.0,
-          "failing_since": None, "next_attempt_at": 1050.0, "offer": FULL._asdict(), "failure": "", "warning": "",
-          "placement": ""}
+RECORD = {"ready_since": 400.0, "last_keepalive_at": 990.0, "next_attempt_at": 1050.0, "offer": FULL._asdict()}
 FAILED = {"failing_since": 700.0, "failure": "keepalive failed, 500"}
 
 
 @pytest.mark.parametrize("more, running, code, words", [
-    ({}, True, 0, "ready for 10 min"), ({}, False, 3, "not running"), (FAILED, False, 3, "not running"),
+    ({}, True, 0, "ready for 10 min"), (FAILED, False, 3, "not running"),
     ({"last_keepalive_at": None}, True, 1, "starting"),
     ({**FAILED, "last_keepalive_at": None}, True, 1, "not ready yet: keepalive failed, 500"),
     ({**FAILED, "last_keepalive_at": 650.0}, True, 1, "not ready for 5 min: keepalive failed, 500"),
@@ -4374,23 +3660,12 @@ FAILED = {"failing_since": 700.0, "failure": "keepalive failed, 500"}
     ({"lease_ends_at": 1001.0}, True, 0, "ready for"), ({"lease_ends_at": 999.0}, True, 1, "lease ran out"),
     ({"placement": "set it"}, True, 1, "ready, but no work will come: set it"),
     ({"offer": {"cpu": 0}, "warning": "k3s is away"}, True, 1, "ready, but takes no work: k3s is away"),
-    ({"offer": {}}, True, 1, "takes no work"), ({"warning": "1 of 4 GPUs"}, True, 0, "ready for"),
-    ({"placement": "x\x1b[2J\n" * 999}, True, 1, r"x\x1b[2J\n"), ({"offer": None, "ready_since": "x"}, True, 1, "")],
-    ids="""ready stopped stopped-failing starting not-yet lost change-owed late overdue leased lapsed placement
-        no-cpu no-offer warned hostile odd""".split())
+    ({"warning": "1 of 4 GPUs"}, True, 0, "ready for"), ({"placement": "x\x1b[2J\n" * 999}, True, 1, r"x\x1b[2J\n")],
+    ids="""ready stopped-failing starting not-yet lost change-owed late overdue leased lapsed placement no-cpu warned
+        hostile""".split())
 def test_judge_exit_code_and_headline_by_the_record(more, running, code, words):
     found, headline = b9.judge({**RECORD, **more}, running, 1000.0)
     assert found == code and words in headline and headline.isprintable() and len(headline) < 600
-
-
-@pytest.mark.parametrize("seconds, text", [(None, "?"), (-5, "0 s"), (0.4, "0 s"), (119, "119 s"), (120, "2 min"),
-                                           (7199, "119 min"), (7200, "2 h"), (172799, "47 h"), (172800, "2 days")])
-def test_format_seconds_uses_one_unit(seconds, text):
-    assert b9.format_seconds(seconds) == text
-
-
-def three_forms(token):
-    return token, urllib.parse.quote(token, ""), base64.b64encode(token.encode()).decode()
 
 
 def test_redactor_takes_out_the_current_and_the_previous_token_in_three_forms():
@@ -4399,34 +3674,25 @@ def test_redactor_takes_out_the_current_and_the_previous_token_in_three_forms():
         redactor.remember("token", b9.Secret(token))
         redactor.remember("token", b9.Secret(token))     # as read again and again
     redactor.remember("k3s_token", b9.Secret(tokens[-1] + "-longer"))
-    for token in (*tokens[-2:], tokens[-1] + "-longer"):
-        for form in three_forms(token):
-            text = redactor.redact(f"<{form}>{form}")
-            assert text.replace("=", "") == "<[redacted]>[redacted]", form
+    for form in forms(*tokens[-2:], tokens[-1] + "-longer"):
+        assert redactor.redact(f"<{form}>{form}").replace("=", "") == "<[redacted]>[redacted]", form
     assert redactor.redact(tokens[0]) == tokens[0] and len(redactor.forms) <= 4 * 3
 
 
-def line(repeats, text, *args, level=logging.WARNING):
-    return repeats.filter(logging.LogRecord("x", level, "x", 1, text, args, None))
+def test_repeats_of_one_format_are_told_ever_more_rarely_and_all_anew_after_ten_minutes_without():
+    def told(text, count=1, level=logging.WARNING):
+        return [repeats.filter(logging.LogRecord("x", level, "x", 1, text, (), None)) for _ in range(count)]
 
-
-def test_repeats_of_one_format_are_told_the_1st_2nd_4th_and_8th_time():
     repeats = b9.Repeats()
-    assert [count for count in range(1, 200) if line(repeats, "failed %d times", count)] == [1, 2, 4, 8]
-    assert line(repeats, "another") and not line(repeats, "failed %d times", 7)
-    assert all(line(repeats, "debug", level=logging.DEBUG) for _ in range(20))
-
-
-def test_repeats_are_told_again_after_ten_minutes_and_all_anew_after_ten_without():
-    repeats = b9.Repeats()
-    for _ in range(20):
-        line(repeats, "failed")
-    key, = repeats.seen
+    assert [number for number, yes in enumerate(told("failed", 200), 1) if yes] == [1, 2, 4, 8]
+    assert told("another") == [True] and all(told("debug", 20, logging.DEBUG))
+    key = next(iter(repeats.seen))
     count, last, written = repeats.seen[key]
-    repeats.seen[key] = count, last, written - b9.QUIET                  # ten minutes of failures later
-    assert line(repeats, "failed") and not line(repeats, "failed")
-    repeats.seen[key] = count, last - b9.QUIET - 1, last - b9.QUIET - 1   # ten minutes without later
-    assert [line(repeats, "failed") for _ in range(4)] == [True, True, False, True]
+    repeats.seen[key] = count, last, written - b9.QUIET                     # ten minutes of failures later
+    assert told("failed", 2) == [True, False]
+    repeats.seen[key] = count, last - b9.QUIET - 1, last - b9.QUIET - 1     # ten minutes without later
+    assert told("failed", 4) == [True, True, False, True]
+    assert [told(f"attempt {number}")[0] for number in range(4)] == [True, True, False, True], "numbers do not differ"
 
 
 # ---- What can hang
@@ -4436,7 +3702,7 @@ def nothing_left():
     def count():
         return [len(os.listdir(f"/proc/self/{what}")) for what in ("task", "fd")]
 
-    b9.HttpClient("http://127.0.0.1:9", "127.0.0.1", 9, None)       # its imports
+    b9.HttpClient("http://127.0.0.1:9", "127.0.0.1", 9, b9.Redactor())      # its imports
     before = count()
     yield
     wait(lambda: all(now <= then for now, then in zip(count(), before)), lambda: f"{before} threads, files: {count()}")
@@ -4472,42 +3738,40 @@ def test_question_given_up_before_its_thread_began_is_never_asked_by_two_at_once
     assert question.ask(soon()) is True and asked == [1]
 
 
-@pytest.mark.parametrize("error", [ValueError, MemoryError, SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
 def test_question_raises_what_was_raised_and_can_be_asked_again(error, nothing_left):
-    answers = [lambda: None, lambda: 7, lambda: (_ for _ in ()).throw(error)]
+    answers = [lambda: 7, lambda: (_ for _ in ()).throw(error)]
     question = b9.Question(lambda: answers.pop()())
     with pytest.raises(error):
         question.ask(soon())
-    assert question.ask(soon()) == 7 and question.ask(soon()) is None
+    assert question.ask(soon()) == 7
 
 
-def test_question_that_was_late_is_waited_for_once_and_then_answers_for_the_time_before(nothing_left):
-    gate, answers = threading.Semaphore(0), iter("abcd")
+def test_question_that_hangs_is_waited_for_once_and_its_late_answer_taken(nothing_left):
+    gate, answers = threading.Semaphore(0), iter("ab")
     question = b9.Question(lambda: gate.acquire(timeout=60) and next(answers))
-    for _ in range(2):
+    with pytest.raises(TimeoutError):
+        question.poll(0.5)
+    began = time.monotonic()
+    for _ in range(20):
         with pytest.raises(TimeoutError):
-            question.ask_once(0.01)
-    for expected in "ab":
-        time.sleep(0.05)        # longer than is waited for
-        gate.release()
-        wait(lambda: not question.answered.locked(), "an answer")
-        assert question.ask_once(0.01) == expected
+            question.poll(0.5)
+    assert time.monotonic() - began < 5, "it is not waited for again"
     gate.release()
     wait(lambda: not question.answered.locked(), "an answer")
-    assert question.ask_once(50.0) == "c" and not question.was_late, "it is quick enough again"
+    assert question.poll(0.5) == "a"
+    gate.release()
+    assert question.poll(50.0) == "b", "it is asked anew and waited for"
 
 
-def test_question_a_stop_cuts_the_wait_to_its_patience(nothing_left):
-    go = threading.Event()
-    question = b9.Question(lambda: go.wait(60))
-    b9.STOP.at, began = b9.read_clock() - b9.STOP.patience, time.monotonic()
-    try:
-        with pytest.raises(TimeoutError):
-            question.ask(soon(50))
-    finally:
-        b9.STOP.at = math.inf
-        go.set()
-    assert time.monotonic() - began < 25
+def test_question_that_is_slow_each_time_answers_each_poll_but_the_first(nothing_left):
+    answers = iter(range(9))
+    question = b9.Question(lambda: time.sleep(0.2) or next(answers))
+    with pytest.raises(TimeoutError):
+        question.poll(0.01)
+    for expected in range(4):
+        wait(lambda: not question.answered.locked(), "an answer")
+        assert question.poll(0.01) == expected
 
 
 SHORT_OF_MEMORY = """
@@ -4538,46 +3802,20 @@ def test_question_without_memory_for_a_thread_fails_and_never_hangs():
     assert done.stdout.endswith(" answered\n"), "and answers when there is memory again"
 
 
-STALLS = {
-    "silent": silent, "status-line": drips(b"HTTP/1.1 200 ", b"x", 0.02), "headers": drips(HEAD + b"X: ", b"y", 0.02),
-    "body": drips(HEAD + b"Content-Length: 99999\r\n\r\n{", b" ", 0.02),
-    "chunks": drips(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", 0.02),
-    "close-delimited": drips(HEAD + b"\r\n{", b" ", 0.02)}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-@pytest.mark.parametrize("stall", [*STALLS, "handshake"])
-def test_exchange_with_a_server_that_stalls_ends_at_its_deadline(stall, tls, certificates, nothing_left):  # noqa: F811
-    greet = SILENT if stall == "handshake" else certificates.server() if tls else None
-    with Server(greet=greet) as server:
-        server.always = STALLS.get(stall)
-        client = b9.HttpClient(f"http{'s' * tls}://127.0.0.1:{server.port}", "127.0.0.1", server.port,
-                               certificates.path())
-        for _ in range(2):      # the second time on a new connection
-            began = time.monotonic()
-            with pytest.raises(Exception) as failure:
-                client.exchange("GET", "/", {}, None, 0.4, 65536)
-            assert 0.3 < time.monotonic() - began < 20, failure.value
-            assert client.connection is None
-            wait(lambda: all(sock.fileno() < 0 for sock in server.open), "the server is hung up on")
-        assert "in time" in b9.explain_failure(failure.value, "it", "")[0]
-
-
-@pytest.mark.slow
-def test_exchange_20000_times_racing_a_deadline_of_15_ms_never_hangs(nothing_left):
+def test_request_20000_times_racing_a_deadline_of_15_ms_never_hangs(nothing_left):
     ends, longest, last, chance = collections.Counter(), [], [], random.Random(1)
 
     def race(port):
-        client = b9.HttpClient(f"http://127.0.0.1:{port}", "127.0.0.1", port, None)
+        client = b9.HttpClient(f"http://127.0.0.1:{port}", "127.0.0.1", port, b9.Redactor())
         for _ in range(5000):
             began = time.monotonic()
             try:
-                ends[client.exchange("GET", "/", {}, None, 0.015, 65536).status] += 1
+                ends[client.ask("/", b9.Secret(TOKEN), None, soon(0.015)).status] += 1
             except Exception as error:
                 ends[type(error).__name__] += 1
             longest.append(time.monotonic() - began)
-        last.append(client.exchange("GET", "/", {}, None, 60, 65536).status)
+        last.append(client.ask("/", b9.Secret(TOKEN), None, soon()).status)
         client.close()
 
     def answer_about_then(link):
@@ -4649,11 +3887,12 @@ def test_fuzz_k3s_bodies_are_judged_in_short_printable_words(chance):
         assert text.isprintable() and len(text) < 700
     assert view.node is None or all(type(value) is int and value >= 0 for value in view.node)
     assert all(math.isfinite(each.since) and each.since <= 1000 for each in view.workers.values())
-    assert len(view.workers) <= 1000 and json.loads(json.dumps(view))
+    assert json.loads(json.dumps(view))
     if node is not None and isinstance(node.get("spec"), dict) and node["spec"].get("unschedulable") is True:
         assert "cordoned" in view.fault
-    for body in (spoilt_body(chance, json.loads(table(*rows))), b""):
-        assert b9.NO_CPU in b9.explain_k3s_answer(b9.Answer(chance.randrange(100, 999), {}, body))
+    for body in (spoilt_body(chance, {"kind": "Status", "message": "pods is forbidden"}), b""):
+        said = b9.explain_k3s_answer(b9.Answer(chance.randrange(100, 999), {}, body))
+        assert b9.NO_CPU in said and said.isprintable() and len(said) < 500
 
 
 @by_chance
@@ -4674,20 +3913,6 @@ def test_fuzz_gateway_answers_come_to_an_outcome_without_secrets(chance):
         assert SECRET not in text or b'"config"' not in body
 
 
-@by_chance
-def test_fuzz_records_are_judged_and_never_as_good_where_something_is_said_against_it(chance):
-    more = chance.choice(({}, {"placement": "no"}, {"offer": {"cpu": 0}}, {"last_keepalive_at": None},
-                          {"failing_since": 995.0}, {"next_attempt_at": 1.0}))
-    record = spoil(chance, {**RECORD, **more, "k3s": {"fault": ""}})
-    record = record if isinstance(record, dict) else {}
-    code, headline = b9.judge(record, True, 1000.0)
-    assert code in (0, 1) and headline.isprintable() and len(headline) < 600
-    assert b9.judge(record, False, 1000.0)[0] == 3
-    cpu = b9.number_in(b9.as_mapping(record.get("offer")), "cpu")
-    if record.get("placement") or not cpu or b9.number_in(record, "last_keepalive_at") is None:
-        assert code == 1, headline
-
-
 class World(Life):
     """A gateway that keeps its own books, an agent's schedule and offers, and a machine where much changes.
 
@@ -4699,7 +3924,7 @@ class World(Life):
     def __init__(self, chance):
         self.chance, self.ttl = chance, chance.choice((30.0, 300.0, 3600.0))
         super().__init__(chance.uniform, config=config_of("--keepalive-interval", chance.choice(("2", "60", "240"))))
-        self.promise = b9.Promise(chance.choice((0, 2, 4)), patience=b9.WORKER_PATIENCE)
+        self.promise = b9.Promise(chance.choice((0, 2, 4)), from_before=True)
         self.gpus, self.view, self.key, self.mood = 4, GOOD, WANTED.k3s_token, "good"
         self.known, self.held, self.quiet_since = None, self.promise.gpu_count, None
         self.renewed = self.heard_of = math.inf     # by the gateway; since when it may not be silent
@@ -4716,9 +3941,7 @@ class World(Life):
 
     def reply(self, call, now):
         seconds = self.chance.uniform(0, min(10.0, self.ttl / 10))
-        if self.mood == "forgets" and self.chance.random() < 0.5:
-            self.known = None
-        if now > self.renewed + self.ttl:
+        if now > self.renewed + self.ttl or self.mood == "forgets" and self.chance.random() < 0.5:
             self.known = None
         if self.mood in ("trouble", "denied", "busy") or self.mood == "register fails" and call == REGISTER:
             kind = "DENIED" if self.mood == "denied" else "TROUBLE"
@@ -4735,7 +3958,7 @@ class World(Life):
 
     def live(self):
         """One turn."""
-        sure = self.lease.registered and not getattr(self.lease, "tried", None)
+        sure = self.lease.registered and self.lease.unconfirmed is None
         registered = self.lease.registered.offer if sure else None
         offer, self.promise, reason = b9.plan_offer(
             FULL._replace(gpu_count=self.gpus), self.promise, self.view, registered, self.now)
@@ -4751,10 +3974,11 @@ class World(Life):
         if self.turn(self.want, self.reply):
             interval = b9.interval_of(self.lease, self.config)
             assert self.now <= self.lease.due <= self.now + max(interval * 1.1, 100), self.lease
-        known = self.known.offer if self.known else offer
+        # Both, as the answer that tells the agent what the gateway holds may have been lost.
+        held = [each.offer for each in (self.known, self.lease.registered) if each]
         excused = (self.known is None or self.now > self.renewed + self.ttl
                    or self.mood not in ("good", "register fails")
-                   or known.cpu > offer.cpu or known.gpu_count > offer.gpu_count)
+                   or any(each.cpu > offer.cpu or each.gpu_count > offer.gpu_count for each in held))
         self.heard_of = max(self.heard_of, self.now) if excused and self.heard_of < math.inf else self.heard_of
         assert self.now - self.heard_of <= self.ttl, "silent for a TTL"
 
@@ -4789,7 +4013,8 @@ def record(**change):
     """What a ready agent of this process would have written now."""
     now, offer = clock(), {"cpu": 8000, "memory": 32094, "gpu_count": 2}
     return {
-        "agent_version": "0.3.0", "state": "running", "machine_id": ID, "pool_name": "gpu", "provider_name": "generic",
+        "format": 2, "agent_version": "0.3.0", "state": "running", "machine_id": ID, "pool_name": "gpu",
+        "provider_name": "generic",
         "gateway": "http://gw:1994", "proxy": None, "ssh": None, "pid": os.getpid(), "wall_clock": time.time(),
         "started_at": now - 4000, "ready_since": now - 3999, "failing_since": None, "failure": "", "stopped_why": "",
         "last_keepalive_at": now - 10, "next_attempt_at": now + 50, "lease_ends_at": now + 290, "kept_alive": 66,
@@ -4798,7 +4023,7 @@ def record(**change):
         "k3s": {"state": "usable", "notice": "", "worker_count": 2, "token_valid_until": time.time() + 48 * 3600,
                 "workers": [{"name": "worker-1", "status": "Running", "since": now - 960},
                             {"name": "worker-2", "status": "ImagePullBackOff", "since": now - 30}]},
-        "history": [{"ms": 3.5 + number, "cpu": number * 1.5, "memory": 42} for number in range(60)], **change}
+        "history": [{"ms": 3.5 + number, "cpu": number * 1.5 or None, "memory": 42} for number in range(60)], **change}
 
 
 @contextlib.contextmanager
@@ -4830,11 +4055,10 @@ def test_status_of_a_ready_machine_is_one_screen_that_begins_with_a_headline(box
         code, text = status(box)
     lines = text.splitlines()
     assert code == 0 and lines[0].startswith("ready") and len(lines) < 24 and max(map(len, lines)) < 80
-    for words in (f"machine    {ID}, pool gpu, provider generic", "gateway    http://gw:1994", "last 10 s ago",
-                  "next in 50 s", "lease ends in 4 min", "8 CPUs, 32094 MiB memory, 2 GPUs, 1 in use, 0 lost",
-                  "k3s        usable, workers: 2", "16 min  Running",
-                  "30 s  ImagePullBackOff"):
-        assert words in text, text
+    for words in (f"machine    {ID}, pool gpu, provider generic", "gateway    http://gw:1994", r"last \d\d s ago",
+                  r"next in \d+ s", "lease ends in 4 min", "8 CPUs, 32094 MiB memory, 2 GPUs, 1 in use, 0 lost",
+                  "k3s        usable, workers: 2", "16 min  Running", r"\d\d s  ImagePullBackOff"):
+        assert re.search(words, text), text
     bars = {line[:11].strip(): line for line in lines[-3:]}
     assert bars["CPU"].endswith(" 88 %") and bars["memory"].endswith(" 42 %") and "62 ms" in bars["round trip"]
     assert bars["round trip"][11:71].startswith("▁") and bars["round trip"][70] == "█"
@@ -4843,7 +4067,7 @@ def test_status_of_a_ready_machine_is_one_screen_that_begins_with_a_headline(box
 def test_status_of_many_workers_is_one_screen_still(box):
     workers = [{"name": f"worker-{number}", "status": "Running", "since": clock()} for number in range(50)]
     with held(box.state):
-        put(box, record(k3s={"state": "usable", "notice": "n" * 200, "workers": workers}))
+        put(box, record(k3s={**record()["k3s"], "notice": "n" * 200, "workers": workers}))
         lines = status(box)[1].splitlines()
     assert len(lines) == 23 and "  more: `kubectl get pods`" in lines and lines[-1].startswith("round trip")
 
@@ -4858,19 +4082,22 @@ def test_status_json_is_the_record_and_the_verdict(box):
     assert abs(told["now"] - clock()) < 60 and {name: told[name] for name in written} == written
 
 
-def test_status_of_a_stopped_agent_tells_when_and_why_and_nothing_of_what_is_next(box):
-    put(box, record(state="stopped", stopped_why="a bad token", wall_clock=time.time() - 300, clock=clock() - 300))
+def test_status_of_a_stopped_agent_tells_when_and_why_and_nothing_stale(box):
+    put(box, record(state="stopped", stopped_why="a bad token", wall_clock=time.time() - 300))
     code, text = status(box)
     assert code == 3 and text.startswith("not running"), text
     assert "stopped    5 min ago, a bad token\n" in text, text
     assert "next in" not in text and "lease ends" not in text and "offers" not in text
+    code, text = status(box, "--prometheus")
+    found = measure(text)
+    assert code == 3 and [found[f"beta9_agent_{name}"] for name in ("up", "ready", "takes_work")] == [0, 0, 0]
+    assert len(text.splitlines()) == 9, text
 
 
 @pytest.mark.parametrize("change, words", [
     ({"failing_since": 100.0, "failure": "keepalive failed: 500"}, "keepalive failed: 500"),
-    ({"placement": "pool gpu is of mode local", "warning": "pool gpu is of mode local"}, "of mode local"),
     ({"offer": {"cpu": 0, "memory": 1, "gpu_count": 0}, "warning": "node x is cordoned"}, "node x is cordoned")],
-    ids=["failing", "placement", "no-cpu"])
+    ids=["failing", "no-cpu"])
 def test_status_where_no_work_can_run_is_1_with_the_reason_once(box, change, words):
     with held(box.state):
         put(box, record(**change))
@@ -4908,7 +4135,7 @@ def test_status_of_an_agent_without_a_record_yet_is_not_the_old_ones(box):
 
 
 DAMAGED = {"none": None, "empty": b"", "cut": b'{"pid": 1', "list": b"[]", "binary": b"\xff\xfe", "deep": b"[" * 60000,
-           "large": b"x" * 70000, "long-number": b'{"pid": ' + b"9" * 5000 + b"}"}
+           "large": b"x" * 70000, "long-number": b'{"pid": ' + b"9" * 5000 + b"}", "other-format": b'{"format": 3}'}
 
 
 @pytest.mark.slow
@@ -4924,30 +4151,35 @@ def test_status_of_no_record_or_a_damaged_one_is_not_running_in_each_form(box, n
     assert code == 3 and measure(text)["beta9_agent_up"] == 0
 
 
-ODD_VALUES = [None, True, -1, 0, 1e300, -1e300, 10 ** 300, math.nan, math.inf, "", "x" * 500, "\x1b[2J\n\"\\", "\ud800",
-              [], {}, [1, "x", None], [[]], {"cpu": "x"}, [{"ms": "x"}, {"ms": math.nan}], {"state": 5},
-              {"workers": [None, {"name": 5}]}]
+ODD_TEXTS = ["", "x" * 500, "\x1b[2J\n\"\\", "\ud800", "{}"]
+OPTIONAL = ["proxy", "ready_since", "last_keepalive_at", "lease_ends_at", "worker_count", "token_valid_until"]
+
+
+def odd(chance, tree):
+    """A copy with other values of the same kinds, and without some that may be unknown."""
+    if isinstance(tree, dict):
+        return {name: None if name in OPTIONAL and chance.random() < 0.2 else
+                value if name in ("format", "state", "free") else odd(chance, value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [odd(chance, value) for value in tree for _ in range(chance.choice((0, 1, 1, 1, 2)))][:60]
+    if chance.random() < 0.8 or tree is None:
+        return tree
+    return chance.choice(ODD_TEXTS if isinstance(tree, str) else [0, 1, 0.5, 1e15])
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
-def test_status_of_records_with_anything_in_them_is_drawn_and_measured_all_the_same(tmp_path, count):
+def test_status_of_records_with_odd_values_is_drawn_and_measured_all_the_same(count):
     seed = random.SystemRandom().randrange(10 ** 6)
     print("seed", seed)
-    chance, path = random.Random(seed), tmp_path / "record"
+    chance = random.Random(seed)
     for _ in range(count):
-        odd = record()
-        for place in (odd, odd["k3s"], odd["metrics"], odd["offer"]):
-            for name in chance.sample(sorted(place), chance.randrange(min(3, len(place) + 1))):
-                place[name] = chance.choice(ODD_VALUES)
-        path.write_text(json.dumps(odd))
-        running = chance.random() < 0.8
-        found = b9.Status(b9.read_record(str(path)), running, clock())
-        code, headline = b9.judge(found.record, running, found.now)
-        lines = b9.draw_status(found, headline)
+        found, now = odd(chance, record()), clock()
+        code, headline = b9.judge(found, chance.random() < 0.8, now)
+        status = {**found, "exit_code": code, "summary": headline, "now": now}
+        lines = b9.draw_status(status)
         assert code in (0, 1, 3) and len(lines) < 24, (seed, lines)
         assert all(line.isprintable() and len(line) < 80 for line in lines), (seed, lines)
-        measure(b9.format_prometheus(found, code) + "\n")
-        json.dumps(found.record, allow_nan=False)
+        measure(b9.format_prometheus(status) + "\n")
 
 
 # --prometheus
@@ -4988,24 +4220,16 @@ def test_prometheus_of_a_ready_machine_tells_all(box):
 
 
 def test_prometheus_leaves_out_what_is_unknown(box):
-    unknown = record(history=[], metrics={}, lost_gpus=None, lease_ends_at=None, last_keepalive_at=None,
-                     ready_since=None, k3s={"state": "not asked", "worker_count": None, "workers": []})
+    unknown = record(history=[], lease_ends_at=None, last_keepalive_at=None, ready_since=None, k3s={
+        "state": "not asked", "notice": "", "worker_count": None, "workers": [], "token_valid_until": None})
     with held(box.state):
         put(box, unknown)
         text = status(box, "--prometheus")[1]
     found = measure(text)
-    for name in ("round_trip_seconds", "free_gpus", "lost_gpus", "lease_left_seconds", "last_keepalive_seconds",
-                 "workers", "k3s_usable", "k3s_token_expiry_timestamp_seconds"):
+    for name in ("round_trip_seconds", "lease_left_seconds", "last_keepalive_seconds", "workers", "k3s_usable",
+                 "k3s_token_expiry_timestamp_seconds"):
         assert f"beta9_agent_{name}" not in found
     assert measure(text)["beta9_agent_up"] == 1 and measure(text)["beta9_agent_ready"] == 0
-
-
-def test_prometheus_of_an_agent_that_does_not_run_says_down_and_nothing_stale(box):
-    put(box, record())
-    code, text = status(box, "--prometheus")
-    found = measure(text)
-    assert code == 3 and [found[f"beta9_agent_{name}"] for name in ("up", "ready", "takes_work")] == [0, 0, 0]
-    assert len(text.splitlines()) == 9, text
 
 
 def test_status_through_a_life_ready_outage_back_killed_stopped(box, gateway, k3s):
@@ -5048,9 +4272,9 @@ def at(gateway):
     return ["--gateway-host", gateway.host, "--gateway-port", gateway.port]
 
 
-def faults(found, *without):
+def faults(found):
     """What is to mend, but for what this machine itself lacks."""
-    return [(name, text) for name, each in found.items() if name not in ("machine", *without)
+    return [(name, text) for name, each in found.items() if name != "machine"
             for mark, text in each if mark == "fail"]
 
 
@@ -5123,8 +4347,6 @@ CHECKS = {      # what is done to gateway and k3s, options, the check that has t
     "k3s-away": (lambda well: well.stop(), [], "k3s", "systemctl status k3s"),
     "k3s-token-refused": (lambda well: well.tokens.clear(), [], "k3s", "refuses the token"),
     "cordoned": (node(unschedulable=True), [], "k3s", "kubectl uncordon"),
-    "not-ready": (node(ready="False"), [], "k3s", "NotReady"),
-    "no-node": (lambda well: well.nodes.clear(), [], "k3s", "no node"),
     "pods-forbidden": (lambda well: well.forbidden.add("pods"), [], "k3s", "k3s-account"),
     "rules": (lambda well: setattr(well, "RULES", well.RULES[1:]), [], "k3s",
               "may not list jobs, create jobs, delete jobs"),
@@ -5132,8 +4354,7 @@ CHECKS = {      # what is done to gateway and k3s, options, the check that has t
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", rows(CHECKS, "wrong-token", "gateway-away", "local-pool", "k3s-token-refused"))
 def test_check_one_cause_is_one_fault_with_its_remedy(box, well, name):
     change, options, where, words = CHECKS[name]
     if change:
@@ -5144,20 +4365,16 @@ def test_check_one_cause_is_one_fault_with_its_remedy(box, well, name):
     assert list(box.folder.iterdir()) == [], "nothing is left"
 
 
-def test_check_several_bad_settings_are_all_named(box, well):
-    found = check(box, *well.all, "--max-gpus", "x", "--max-cpu", "y")
-    assert [name for name, _ in faults(found)] == ["settings", "settings"]
-    assert all("not checked" in found[name][0][1] for name in ("gateway", "pool", "k3s"))
-
-
-@pytest.mark.parametrize("options, words", [
-    ([], ["--hostname", "--k3s-token"]),
-    (["--hostname", "127.0.0.3", "--k3s-token-file", "/nowhere/token"], ["/nowhere/"])],
-    ids=["neither", "file-missing"])
-def test_check_without_k3s_token_or_hostname_is_one_fault_each(box, well, options, words):
+@pytest.mark.parametrize("options, place, words", [
+    (["--hostname", "127.0.0.3", "--max-gpus", "x", "--max-cpu", "y"], "settings", ["--max-gpus", "--max-cpu"]),
+    ([], "k3s", ["--hostname", "--k3s-token"]),
+    (["--hostname", "127.0.0.3", "--k3s-token-file", "/nowhere/token"], "k3s", ["/nowhere/"])],
+    ids=["bad-settings", "no-hostname-and-token", "token-file-missing"])
+def test_check_several_causes_are_one_fault_each(box, well, options, place, words):
     found = check(box, *at(well.gateway), "--k3s-url", "https://127.0.0.3:6443", *options)
-    assert len(faults(found)) == len(words)
-    assert all(place == "k3s" and word in text for (place, text), word in zip(faults(found), words)), faults(found)
+    assert [name for name, _ in faults(found)] == [place] * len(words)
+    assert all(any(word in text for _, text in faults(found)) for word in words), faults(found)
+    assert place == "k3s" or all("not checked" in found[name][0][1] for name in ("gateway", "pool", "k3s"))
 
 
 def test_check_without_k3s_ca_file_says_what_was_not_asked_and_sends_no_token(box, well):
@@ -5176,16 +4393,10 @@ def test_check_hostname_that_leads_to_another_machine_is_a_fault(box, well, cert
     assert faults(found) == [] and any("127.0.0.5:6443 cannot be reached" in text for _, text in found["k3s"])
 
 
-def token_that_ends(seconds):
-    claims = base64.urlsafe_b64encode(json.dumps({"exp": int(time.time() + seconds)}).encode()).decode().rstrip("=")
-    return f"eyJhbGciOiJub25lIn0.{claims}.c2lnbmF0dXJl"
-
-
 @pytest.mark.parametrize("seconds, mark, words", [
-    (3599, "warn", "for 59 min"), (47.5 * 3600, "ok", "for 47 h"), (90.5 * 86400, "ok", "for 90 days")],
-    ids=["minutes", "hours", "days"])
+    (3599, "warn", "for 59 min"), (47.5 * 3600, "ok", "for 47 h"), (90.5 * 86400, "ok", "for 90 days")])
 def test_check_tells_how_long_the_k3s_token_is_valid(box, well, seconds, mark, words):
-    token = token_that_ends(seconds)
+    token = jwt({"exp": int(time.time() + seconds)})
     well.tokens.add(token)
     found = check(box, *well.all, "--k3s-token", token)
     assert any(result == mark and words in text for result, text in found["k3s"]), found["k3s"]
@@ -5212,11 +4423,13 @@ def test_check_machine_without_a_default_route_says_so(box):
     assert any(each["check"] == "machine" and "no IPv4 default route" in each["text"] for each in found), found
 
 
-def test_check_k3s_that_has_no_gpus_for_workers(box, well, driver):
+@pytest.mark.parametrize("fits, words", [
+    ({"gpu": "0"}, "device plugin in"), ({"nvidia.com/mig-1g.10gb": "7"}, "MIG_STRATEGY")], ids=["no-plugin", "mig"])
+def test_check_k3s_that_has_no_gpus_for_workers(box, well, driver, fits, words):
     driver.say("..")
-    well.nodes[0] = K3s.node(gpu="0")
+    well.nodes[0] = K3s.node(**fits)
     (place, text), = faults(check(box, *well.all, **driver.environ))
-    assert place == "k3s" and "0 of 2 GPUs" in text and "device plugin" in text
+    assert place == "k3s" and "0 of 2 GPUs" in text and words in text
 
 
 def test_check_gpus_tells_each_card_by_the_offers_own_judgement(box, well, driver):
@@ -5233,26 +4446,11 @@ def test_check_gpus_tells_each_card_by_the_offers_own_judgement(box, well, drive
     ({}, "nvidia-ml-py"), ({"init": 9}, "modprobe nvidia"), ({"hang": True}, "does not answer")],
     ids=["no-binding", "no-module", "hangs"])
 def test_check_gpus_of_a_driver_that_tells_nothing_is_a_fault(box, well, driver, tmp_path_factory, said, words):
-    folder, environ = tmp_path_factory.mktemp("broken"), driver.environ
     driver.say("..", **said)
     if not said:
-        (folder / "pynvml.py").write_text("raise ImportError('no pynvml')\n")
-        environ = {**environ, "PYTHONPATH": f"{folder}:{os.path.dirname(PROGRAM)}"}
-    (mark, text), *_ = check(box, *well.all, **environ)["GPUs"]
+        driver.environ["PYTHONPATH"] = stand_in_package(tmp_path_factory.mktemp("path"), "pynvml", missing("pynvml"))
+    (mark, text), *_ = check(box, *well.all, **driver.environ)["GPUs"]
     assert mark == "fail" and words in text
-
-
-@contextlib.contextmanager
-def full_queue():
-    """The port of a listener that swallows connections."""
-    with contextlib.ExitStack() as stack:
-        full, *others = (stack.enter_context(socket.socket()) for _ in range(5))
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for other in others:
-            other.setblocking(False)
-            other.connect_ex(full.getsockname())
-        yield full.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -5264,7 +4462,7 @@ def test_check_ends_within_15_s_whatever_hangs(box, well, request, what):
     if "ssh" in what:
         ssh_host = request.getfixturevalue("ssh_host")
         options, environ = ssh_host.options(*well.all[4:]), ssh_host.environ
-    with full_queue() as port, Server(host="127.0.0.4", port=6443, greet=SILENT):
+    with full_port() as port, Server(host="127.0.0.4", port=6443, greet=SILENT):
         if what == "k3s":
             options = [*options, "--k3s-url", "https://127.0.0.4:6443", "--hostname", "127.0.0.4"]
         if what == "pool":
@@ -5282,23 +4480,15 @@ def test_check_with_ssh_goes_through_it_and_leaves_none(box, well, ssh_host):
     assert ssh_host.clients() == []
 
 
-def test_check_with_an_ssh_that_fails_has_one_fault_in_gateway(box, well, ssh_host):
-    ssh_host.keys.write_text("")
-    (place, text), = faults(check(box, *ssh_host.options(*well.all[4:]), **ssh_host.environ))
-    assert place == "gateway" and "Permission denied" in text
-    wait(lambda: not ssh_host.clients(), ssh_host.clients)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
-def test_check_interrupted_ends_at_once_and_leaves_no_ssh_nor_its_children(box, ssh_host, tmp_path_factory, number):
+def test_check_interrupted_ends_at_once_and_leaves_no_ssh_nor_its_children(box, ssh_host, tmp_path_factory):
     mark = tmp_path_factory.mktemp("proxy") / "pid"
     ssh_host.conf.write_text(
         f"Host *\nProxyCommand sh -c 'echo $$ > {mark}.new && mv {mark}.new {mark}; exec sleep 300'\n")
     agent = ssh_host.start("--check")
     wait(mark.exists, agent.log)
     begin = time.monotonic()
-    code = agent.stop(number)
+    code = agent.stop(signal.SIGINT)
     assert code == 1 and time.monotonic() - begin < 10 and len(agent.lines("")) == 1, agent.log()
     assert "interrupted: nothing was changed" in agent.log()
     wait(lambda: not psutil.pid_exists(int(mark.read_text())) and not ssh_host.clients(), ssh_host.clients)
@@ -5327,30 +4517,7 @@ def test_check_in_json_holds_no_token(box, well):
     assert leaks(done.stdout + done.stderr, TOKEN, K3S_TOKEN) == [] and "[redacted]" in done.stdout
 
 
-# ---- --dry-run and --dev
-def test_dry_run_shows_settings_with_their_sources_and_both_bodies_without_network(box, gateway, k3s):
-    done = box.run("--dry-run", *at(gateway), *k3s.options(), BETA9_POOL_NAME="gpu")
-    assert done.returncode == 0 and gateway.connections == k3s.connections == 0, done.stderr
-    for words in ("pool_name: gpu  (BETA9_POOL_NAME)", "provider_name: generic  (default)",
-                  f"token: set ({len(TOKEN)} characters)  (BETA9_TOKEN)", "machine/register", "machine/keepalive",
-                  f"k3s_token: set ({len(K3S_TOKEN)} characters)", '"free_gpu_count"', '"hostname": "box"'):
-        assert words in done.stdout, done.stdout
-    assert leaks(done.stdout + done.stderr, TOKEN, K3S_TOKEN) == [] and not box.state.exists()
-
-
-def test_dry_run_of_a_public_address_in_cleartext_ends_with_2(box):
-    done = box.run("--dry-run", "--gateway-host", "203.0.113.7")
-    assert done.returncode == 2 and "--allow-cleartext" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert box.run("--dry-run", "--gateway-host", "203.0.113.7", "--tls").returncode == 0
-
-
-@pytest.mark.parametrize("option", ["--token-file", "--k3s-token-file", "--k3s-ca-file", "--ca-file", "--config"])
-def test_dry_run_of_a_token_typed_where_its_file_belongs_shows_none(box, option):
-    token = token_that_ends(99)
-    done = box.run("--dry-run", option, token)
-    assert leaks(done.stdout + done.stderr, token) == [], done.stdout + done.stderr
-
-
+# ---- --dev
 def test_dev_is_ready_without_token_or_network(box):
     agent = box.start(None, "--dev", BETA9_TOKEN=None)
     agent.says("ready after")
@@ -5359,32 +4526,7 @@ def test_dev_is_ready_without_token_or_network(box):
     assert done.returncode == 0, done.stderr
 
 
-def test_stand_in_survives_bodies_that_lie_about_their_size():
-    port = b9.start_stand_in()
-    for size in (b"-5", b"soon", b"\xb2", b""):
-        with socket.create_connection(("127.0.0.1", port), 30) as sock:
-            sock.sendall(b"POST /api/v1/machine/keepalive HTTP/1.1\r\nContent-Length: " + size + b"\r\n\r\n")
-            assert b"HTTP/1.1 200 " in sock.recv(65536)
-
-
 # ---- How the program begins and ends
-@pytest.mark.parametrize("unbuffered", [None, "1"], ids=["buffered", "unbuffered"])
-@pytest.mark.parametrize("option", ["--help", "--version", "--status", "--check", "--dry-run", "--print=unit"])
-def test_entry_answer_onto_a_full_disk_is_1_with_one_line(box, option, unbuffered):
-    with open("/dev/full", "w") as full:
-        done = box.run(option, "--gateway-port", 9, stdout=full, PYTHONUNBUFFERED=unbuffered)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("option", ["--help", "--version", "--dry-run"])
-def test_entry_answer_into_a_pipe_that_nobody_reads_is_quiet(box, option):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as pipe:
-        assert [box.run(option, stdout=pipe, PYTHONUNBUFFERED=how).stderr for how in (None, "1")] == ["", ""]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_entry_agent_with_closed_streams_keeps_the_machine(box, gateway, closed):
@@ -5394,40 +4536,6 @@ def test_entry_agent_with_closed_streams_keeps_the_machine(box, gateway, closed)
     done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *box.words("--version")], env=box.environ,
                           capture_output=True, timeout=60)
     assert done.returncode == int(">&-" in closed.split())
-
-
-@pytest.mark.parametrize("options, words", [
-    (["--status", "--check"], "--check and --status"), (["--dry-run", "--once"], "--once and --dry-run"),
-    (["--json"], "--json goes with --check or --status"),
-    (["--prometheus", "--check"], "--prometheus goes with --status"),
-    (["--install-k3s"], "--install-k3s goes with --print-install"),
-    (["--print", "motd"], "unit")],
-    ids=lambda value: "".join(value) if isinstance(value, list) else "")
-def test_entry_action_stands_alone_else_2_with_one_line(box, options, words):
-    done = box.run(*options)
-    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-
-
-def test_entry_version_is_of_the_file_itself_whatever_the_settings(box):
-    done = box.run("--version", BETA9_CONFIG="/nowhere", BETA9_TOKEN=None, python=["-S"])
-    digest = hashlib.sha256(pathlib.Path(PROGRAM).read_bytes()).hexdigest()[:12]
-    assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(rf"beta9-agent [0-9.]+ \({digest}\)\n", done.stdout)
-    done = subprocess.run([sys.executable, "-", "--version"], input=pathlib.Path(PROGRAM).read_text(), env=box.environ,
-                          capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "from no file" in done.stdout
-
-
-def test_entry_package_that_is_missing_is_named_with_the_command_that_brings_it(box):
-    done = box.run("--dev", "--once", python=["-S"])
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "the Python package " in done.stderr and "pip install requests psutil" in done.stderr
-
-
-def test_entry_help_needs_no_packages_and_no_docstrings(box):
-    for python in (["-S"], ["-OO"]):
-        done = box.run("--help", python=python)
-        assert done.returncode == 0 and done.stderr == "" and "--pool-name" in done.stdout
 
 
 OLD_COMMIT = "08895da"      # the last one of 0.2.0
@@ -5457,11 +4565,9 @@ def print_file(name):
 
 def settings_in(script):
     """The text of agent.yaml in a script."""
-    return re.search(r"cat >\$etc/agent.yaml.new <<'BETA9_END'\n(.*?)\nBETA9_END\n", script, re.S)[1]
+    return re.search(r"cat <<'BETA9_END'\n(.*?)\nBETA9_END\n", script, re.S)[1]
 
 
-NAMES = ["unit", "wrapper", "uninstall", "k3s-account", "k3s-token", "k3s-token-service", "k3s-token-timer",
-         "k3s-device-plugin"]
 VARIANTS = {"bare": [], "tokens": OPTIONS, "k3s token": [*OPTIONS, "--k3s-token", K3S_TOKEN],
             "install k3s": [*OPTIONS, "--install-k3s"], "ssh": [*OPTIONS, "--ssh", "me@gateway.example.com"]}
 # As long as their kinds allow, of what can be given together.
@@ -5482,11 +4588,11 @@ def test_script_passes_shellcheck_and_dash(name):
     assert subprocess.run(["sh", "-n"], input=text, text=True, timeout=60).returncode == 0
 
 
-def test_script_with_all_options_fits_into_user_data_at_least_as_gzip():
-    """Most clouds take 65,536 bytes, and cloud-init undoes gzip; plain it is a little over that."""
+def test_script_with_all_options_fits_into_user_data_as_it_is():
+    """Most clouds take 65,536 bytes."""
     script = script_for(*ALL).encode()
-    print(f"bytes: {len(script)}, as gzip {len(gzip.compress(script))}")
-    assert len(gzip.compress(script)) < 65_536 and len(script) < 72_000
+    print(f"bytes: {len(script)}")
+    assert len(script) < 65_536
 
 
 def test_script_carries_this_file_and_its_sha256():
@@ -5544,48 +4650,48 @@ ODD_TEXTS = ["ゴリラ 🦍 é", "a'b\"c\\d", "$(id) `id` ${HOME}", "{payload} 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", ODD_TEXTS)
-def test_script_keeps_a_setting_whatever_is_in_it(box, value):
+def test_script_keeps_a_setting_whatever_is_in_it(value):
     text = settings_in(script_for("--pool-name", value))
     assert text.isascii() and yaml.safe_load(text)["pool_name"] == value
-    (box.folder / "agent.yaml").write_text(text.replace("/etc/beta9-agent/token", str(box.folder / "token")))
-    (box.folder / "token").write_text(TOKEN)
-    done = box.run("--dry-run", "--config", box.folder / "agent.yaml", BETA9_TOKEN=None)
-    assert value == "null" or json.dumps(value) in done.stdout or value in done.stdout, done.stdout + done.stderr
 
 
 def test_script_keeps_each_kind_of_setting_and_no_other():
     settings = yaml.load(settings_in(script_for(*ALL)), yaml.BaseLoader)
     assert settings == {
         "state_dir": "/var/lib/beta9-agent", "token_file": "/etc/beta9-agent/token", "pool_name": "p" * 60,
-        "provider_name": "q" * 60, "k3s_url": "https://127.0.0.1:16443", "k3s_ca_file": f"{os.getcwd()}/ca.crt",
-        "offer_always": "yes", "max_cpu": "6.5", "max_memory": "49152Mi", "max_gpus": "4",
-        "keepalive_interval": "30.0", "startup_timeout": "600.0", "debug": "yes",
+        "provider_name": "q" * 60, "k3s_url": "https://127.0.0.1:16443", "offer_always": "yes", "max_cpu": "6.5",
+        "max_memory": "49152Mi", "max_gpus": "4", "keepalive_interval": "30.0", "startup_timeout": "600.0",
+        "debug": "yes",
         "gateway": {"host": "g" * 60, "port": "11994", "tls": "yes", "allow_cleartext": "yes",
                     "ssh": "me@gateway.example.com:22022"}}
     assert yaml.safe_load(settings_in(script_for("--no-tls")))["gateway"] == {"tls": "no"}
 
 
+def test_script_keeps_the_root_of_k3s_with_a_token_for_it_alone():
+    """Else k3s makes the token, and its root certificate comes with that."""
+    given = print_script("--k3s-token", K3S_TOKEN, "--k3s-ca-file", "ca.crt")
+    left_out = print_script("--k3s-token-file", "/nothing", "--k3s-ca-file", "ca.crt")
+    assert yaml.safe_load(settings_in(given.stdout))["k3s_ca_file"] == f"{os.getcwd()}/ca.crt"
+    assert "ca.crt" not in settings_in(left_out.stdout) and "are left out" in left_out.stderr
+
+
 def test_script_keeps_a_token_whatever_is_in_it():
     tokens = ["abcd$e`f(g)h}i{j|k&l;m<n>o*p~!?#", "#ab$(id){token}{payload}"]
-    line = re.search("^token=.* k3s_token=.*$", script_for("--token", tokens[0], "--k3s-token", tokens[1]), re.M)[0]
-    done = subprocess.run(["sh", "-c", f"{line}\nprintf '%s\\n' \"$token\" \"$k3s_token\""], text=True,
+    line = re.search("^set -- .*$", script_for("--token", tokens[0], "--k3s-token", tokens[1]), re.M)[0]
+    done = subprocess.run(["sh", "-c", f"{line}\nprintf '%s\\n' \"$@\""], text=True,
                           capture_output=True, timeout=60)
     assert done.stdout.splitlines() == tokens
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--machine-id", ID], "run it on one machine only"), (["--state-dir", "/x"], "--state-dir is left out"),
-    (["--install-k3s"], "as root what https://get.k3s.io"),
-    (["--k3s-token", K3S_TOKEN, "--k3s-ca-file", "ca.crt"], f"{os.getcwd()}/ca.crt must be on the machine too")],
-    ids=["id", "state folder", "k3s", "file"])
-def test_script_is_printed_with_a_warning_of_what_it_holds(options, words):
+@pytest.mark.parametrize("options, code, words", [
+    (["--machine-id", ID], 0, "run it on one machine only"), (["--state-dir", "/x"], 0, "--state-dir is left out"),
+    (["--install-k3s"], 0, "as root what https://get.k3s.io"),
+    (["--k3s-token", K3S_TOKEN, "--k3s-ca-file", "ca.crt"], 0, f"{os.getcwd()}/ca.crt must be on the machine too"),
+    (["--install-k3s", "--k3s-token", K3S_TOKEN], 2, "leave out the one that is given")],
+    ids=["id", "state folder", "k3s", "file", "k3s with its token"])
+def test_script_is_printed_with_a_warning_of_what_it_holds_or_refused(options, code, words):
     done = print_script(*options)
-    assert done.returncode == 0 and any(words in line and "WARNING" in line for line in done.stderr.splitlines())
-
-
-def test_script_that_installs_k3s_takes_no_token_of_k3s():
-    done = print_script("--install-k3s", "--k3s-token", K3S_TOKEN)
-    assert done.returncode == 2 and "leave out the one that is given" in done.stderr
+    assert done.returncode == code and words in done.stderr
 
 
 def test_script_is_not_printed_by_a_program_that_is_in_no_file(tmp_path):
@@ -5604,18 +4710,9 @@ def test_script_run_by_another_than_root_says_so_in_one_line(name):
     assert done.stderr == "beta9-agent: this must run as root: pipe it into sudo sh, or ssh root@... sh\n"
 
 
-def test_printed_account_may_do_what_the_gateway_and_the_agent_do_and_nothing_else():
-    found = {each["kind"]: each for each in yaml.safe_load_all(print_file("k3s-account"))}
-    rules = [(kind, *rule.values()) for kind in ("Role", "ClusterRole") for rule in found[kind]["rules"]]
-    assert rules == [("Role", ["batch"], ["jobs"], ["list", "create", "delete"]), ("Role", [""], ["pods"], ["list"]),
-                     ("ClusterRole", [""], ["nodes"], ["get", "list"])]
-    assert found["ServiceAccount"]["automountServiceAccountToken"] is False
-
-
-@pytest.mark.slow
 def test_printed_name_that_is_unknown_is_answered_with_all():
     done = subprocess.run([sys.executable, PROGRAM, "--print", "nonsense"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and all(name in done.stderr and print_file(name) for name in NAMES)
+    assert done.returncode == 2 and all(name in done.stderr for name in b9.FILES)
 
 
 # ---- Install: under a booted systemd
@@ -5742,10 +4839,11 @@ class Machine:
         return self.run("beta9-agent --status").returncode
 
     def left(self):
-        """All files where the script writes, with what is in them."""
+        """All files where the script writes, with what is in them, but for the status that the agent writes."""
         return set(self.says(
             "find /opt /etc /etc/beta9-agent /usr/local /root /run/beta9-k3s /run/systemd/system /var/lib -xdev -type f"
-            " -exec sha256sum {} + 2>/dev/null | grep -v ' /var/lib/systemd/\\| /etc/.*-$\\|/etc/sub[ug]id' || :"
+            " ! -name '*.status.json' -exec sha256sum {} + 2>/dev/null |"
+            " grep -v ' /var/lib/systemd/\\| /etc/.*-$\\|/etc/sub[ug]id' || :"
         ).splitlines())
 
     def close(self):
@@ -5775,7 +4873,7 @@ def wheels(tmp_path_factory):
         pytest.skip("needs root, systemd-nspawn, and BETA9_TEST_DEBIAN_ROOT")
     folder = os.environ.get("BETA9_TEST_WHEELS") or tmp_path_factory.mktemp("wheels")
     if not os.listdir(folder):
-        names = re.search("^requirements='(.*)'$", script_for(), re.M)[1].split()
+        names = re.search("^ +(requests==.*)$", script_for(), re.M)[1].split()
         subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
                         "--python-version=3.11", "-d", folder, *names], check=True, timeout=300)
     return folder
@@ -5803,7 +4901,7 @@ def joined(machine):
 
 
 @systemd
-def test_systemd_fresh_machine_is_joined_and_told_that_k3s_is_missing(machine):
+def test_systemd_fresh_machine_is_joined_by_a_service_that_is_small_confined_and_valid(machine):
     gateway = machine.serve(lambda: Gateway(port=1994))
     began = time.monotonic()
     done = machine.install()
@@ -5818,16 +4916,13 @@ def test_systemd_fresh_machine_is_joined_and_told_that_k3s_is_missing(machine):
                         " grep 'matches /opt/beta9-agent/beta9_agent.py'"), "the kept bytecode is used"
     assert machine.says("beta9-agent --version").split()[:2] == ["beta9-agent", "0.3.0"]
 
-
-@systemd
-def test_systemd_service_is_small_confined_and_valid(joined):
-    said = joined.says("systemd-analyze security beta9-agent | tail -n 1; systemd-analyze security beta9-k3s-token"
-                       " | tail -n 1; systemd-analyze verify beta9-agent.service beta9-k3s-token.service"
-                       " beta9-k3s-token.timer 2>&1 | grep beta9 || :")
-    floor = joined.says("runuser -u beta9-agent -- /opt/beta9-agent/venv/bin/python -I -c \""
-                        "import requests, psutil, pynvml, yaml, logging, argparse, ssl, ipaddress, urllib.parse;"
-                        "print(open('/proc/self/smaps_rollup').read())\"")
-    kept = joined.path(f"/proc/{joined.pid()}/smaps_rollup").read_text()
+    said = machine.says("systemd-analyze security beta9-agent | tail -n 1; systemd-analyze security beta9-k3s-token"
+                        " | tail -n 1; systemd-analyze verify beta9-agent.service beta9-k3s-token.service"
+                        " beta9-k3s-token.timer 2>&1 | grep beta9 || :")
+    floor = machine.says("runuser -u beta9-agent -- /opt/beta9-agent/venv/bin/python -I -c \""
+                         "import requests, psutil, pynvml, yaml, logging, argparse, ssl, ipaddress, urllib.parse;"
+                         "print(open('/proc/self/smaps_rollup').read())\"")
+    kept = machine.path(f"/proc/{machine.pid()}/smaps_rollup").read_text()
     size, least = (int(re.search(r"Rss:\s*(\d+)", text)[1]) for text in (kept, floor))
     print(said, f"resident: {size} kB, of an interpreter that imports the same packages: {least} kB")
     assert float(re.search("beta9-agent.service: ([0-9.]+)", said)[1]) <= 2.5
@@ -5852,7 +4947,7 @@ def test_systemd_k3s_that_is_there_makes_a_token_and_work_can_run(with_k3s):
     began = time.monotonic()
     done = machine.install()
     print(f"seconds from the script's start until work can run: {time.monotonic() - began:.1f}")
-    assert "work can run here" in done.stdout.splitlines()[-1] and gateway.calls(REGISTER)[-1].json["cpu"] != "0m"
+    assert "ready for work" in done.stdout.splitlines()[-1] and gateway.calls(REGISTER)[-1].json["cpu"] != "0m"
     assert gateway.calls(REGISTER)[-1].json["token"] == K3S_TOKEN
     assert machine.says("stat -c '%a %U %G' /run/beta9-k3s/token") == "640 root beta9-agent"
     assert "-n default create token beta9-gateway --duration=48h" in machine.says("cat /run/k3s-words")
@@ -5875,6 +4970,17 @@ def test_systemd_k3s_that_comes_later_is_used_by_itself(joined, certificates):
     wait(lambda: "create token" in joined.run("cat /run/k3s-words").stdout, "a token is asked for")
     joined.run("mv /run/k3s-mints.later /run/k3s-mints")
     wait(lambda: joined.status() == 0, "work can run")
+
+
+@systemd
+def test_systemd_upgrade_by_the_service_s_own_settings_keeps_them_and_has_k3s_make_the_token(with_k3s):
+    with_k3s.install("--max-cpu", "1.5")
+    settings = with_k3s.says("cat /etc/beta9-agent/agent.yaml")
+    done = with_k3s.script(with_k3s.says("beta9-agent --print-install 2>/dev/null") + "\n")
+    assert done.returncode == 0 and "ready for work" in done.stdout.splitlines()[-1]
+    assert with_k3s.says("cat /etc/beta9-agent/agent.yaml") == settings
+    assert with_k3s.says("systemctl is-active beta9-k3s-token.timer") == "active"
+    assert with_k3s.says("ls /etc/beta9-agent") == "agent.yaml\ntoken"
 
 
 @systemd
@@ -5904,33 +5010,29 @@ def test_systemd_upgrade_of_what_0_2_0_installed_leaves_nothing_of_it(with_k3s, 
     assert "debug" not in machine.says("cat /etc/beta9-agent/agent.yaml")
     assert "12h" in machine.says("systemctl cat beta9-k3s-token.timer")
     assert "name: beta9-agent" not in machine.says("cat /var/lib/rancher/k3s/server/manifests/beta9-agent.yaml")
-    assert "sa/beta9-agent clusterrole/beta9-agent clusterrolebinding/beta9-agent" in machine.says("cat /run/k3s-words")
 
 
 @systemd
-@pytest.mark.parametrize("variable, words", [
-    ("", "--ca-file: the value"), ("BETA9_MACHINE_ID=12", "--machine-id: the value '12'"),
-    ("BETA9_HOSTNAME=a'$(id)\"\n", "is not a YAML"), ("BETA9_TOKEN=short", "--token-file"),
-    ("BETA9_TOKEN_FILE=/nothing", "check that file")],
-    ids=["a file that the sandbox hides", "id", "a sign", "token", "token file"])
-def test_systemd_setting_that_is_refused_changes_nothing(joined, certificates, variable, words):
+def test_systemd_script_that_is_refused_or_fails_changes_nothing(joined, certificates):
     joined.write(certificates.path(), pathlib.Path(certificates.path()).read_text())
-    script = script_for(*OPTIONS[2:], *[] if variable else ["--ca-file", certificates.path()])
-    assert "short" not in joined.refuses(words, script, *[variable] if variable else [])
+    plain = script_for(*OPTIONS[2:])
+    hidden_file = script_for(*OPTIONS[2:], "--ca-file", certificates.path())    # by the sandbox
+    no_package = script_for(*OPTIONS, "--pool-name", "other").replace("    requests==", "    six requests==", 1)
+    for words, script, *variables in (
+            ("--ca-file: the value", hidden_file), ("--machine-id: the value '12'", plain, "BETA9_MACHINE_ID=12"),
+            ("is not a YAML", plain, "BETA9_HOSTNAME=a'$(id)\"\n"), ("--token-file", plain, "BETA9_TOKEN=short"),
+            ("cannot stat '/nothing'", plain, "BETA9_TOKEN_FILE=/nothing"),
+            ("by pip: ERROR", no_package, "PIP_CONFIG_FILE=/dev/null")):
+        assert "short" not in joined.refuses(words, script, *variables)
 
 
 @systemd
-def test_systemd_pip_that_reaches_no_index_is_told_in_one_line_and_nothing_is_changed(joined):
-    script = script_for(*OPTIONS, "--pool-name", "other").replace("requirements='", "requirements='six ", 1)
-    assert "by pip: ERROR" in joined.refuses("", script, "PIP_CONFIG_FILE=/dev/null")
-
-
-@systemd
-@pytest.mark.parametrize("place, size, room", [("/opt", "150m", 0), ("/opt", "150m", 9 << 20),
-                                               ("/etc/beta9-agent", "64k", 0)], ids=["opt", "opt, later", "etc"])
+@pytest.mark.parametrize("place, size, room", [("/opt", "150m", 0), ("/opt", "150m", 32 << 20),
+                                               ("/etc", "9m", 0)], ids=["opt", "opt, later", "etc"])
 def test_systemd_disk_that_is_full_changes_nothing(machine, place, size, room):
     machine.gateway = machine.serve(lambda: Gateway(port=1994))
-    machine.says(f"mkdir -p {place}; mount -t tmpfs -o size={size},mode=755 tmpfs {place}")
+    machine.says(f"cp -a {place} /run/copy; mount -t tmpfs -o size={size},mode=755 tmpfs {place};"
+                 f" cp -a /run/copy/. {place}")
     machine.install()
     machine.run(f"head -c {room} /dev/zero >{place}/room; cat /dev/zero >{place}/full; rm {place}/room")
     assert "No space left" in machine.refuses("", script_for(*OPTIONS, "--pool-name", "other"))
@@ -5940,11 +5042,16 @@ def test_systemd_disk_that_is_full_changes_nothing(machine, place, size, room):
 
 @systemd
 def test_systemd_gateway_that_is_away_is_told_and_joined_when_it_is_back(machine):
+    """And an uninstall where k3s never was leaves no failed unit and no empty folder of k3s."""
     done = machine.script(script_for(*OPTIONS))
     assert done.returncode == 3 and "not ready yet" in done.stdout and "refused" in done.stdout
     assert "it goes on trying" in done.stdout.splitlines()[-1]
     gateway = machine.serve(lambda: Gateway(port=1994))
     wait(gateway.ready, "the machine is ready")
+
+    assert machine.path("/var/lib/rancher").exists()
+    assert machine.uninstall().returncode == 0 and not machine.path("/var/lib/rancher").exists()
+    assert "beta9" not in machine.says("systemctl --failed --all --plain --no-legend")
 
 
 @systemd
@@ -5996,22 +5103,13 @@ def test_systemd_uninstall_leaves_nothing_and_may_be_run_twice(with_k3s):
     machine.write("/run/k3s-away", "")
     done = machine.run("beta9-agent --print uninstall | sudo sh")
     assert done.returncode == 1 and "its tokens stay valid" in done.stdout
-    assert "beta9-gateway" in machine.path("/root/beta9-k3s-account.yaml").read_text()
+    assert "beta9-gateway" in machine.says("cat /var/lib/rancher/k3s/server/manifests/beta9-agent.yaml.old")
     machine.says("rm /run/k3s-away /run/k3s-words")
     done = machine.uninstall()
     assert done.returncode == 0 and "gone" in done.stdout and machine.left() == before
     assert machine.run("id beta9-agent").returncode and not machine.path("/run/beta9-k3s").exists()
     assert "delete --ignore-not-found" in machine.says("cat /run/k3s-words")
     assert machine.uninstall().returncode == 0
-
-
-@systemd
-def test_systemd_uninstall_where_k3s_never_was_leaves_no_failed_unit_and_no_folder_of_it(machine):
-    machine.serve(lambda: Gateway(port=1994))
-    assert machine.script(script_for(*OPTIONS)).returncode == 0
-    assert machine.path("/var/lib/rancher").exists()
-    assert machine.uninstall().returncode == 0 and not machine.path("/var/lib/rancher").exists()
-    assert "beta9" not in machine.says("systemctl --failed --all --plain --no-legend")
 
 
 @systemd
@@ -6044,7 +5142,7 @@ def test_systemd_tokens_come_from_variables_files_or_the_last_time(machine):
     assert (last.bearer, last.json["token"], last.json["hostname"]) == (TOKEN, K3S_TOKEN, "10.1.2.3")
     count = len(gateway.seen)
     done = machine.script(script)                       # both from before
-    assert done.returncode == 0 and "the k3s token of before stays" in done.stdout
+    assert done.returncode == 0 and "takes the k3s token in" in done.stdout
     last = gateway.calls(REGISTER)[-1]
     assert len(gateway.seen) > count and (last.bearer, last.json["token"]) == (TOKEN, K3S_TOKEN)
     assert not machine.path("/etc/systemd/system/beta9-k3s-token.timer").exists()
@@ -6059,35 +5157,35 @@ def test_systemd_k3s_token_that_is_given_revokes_those_that_k3s_made(with_k3s):
     machine.install()
     machine.install("--k3s-token", "Ks-another-one-0123")
     assert gateway.calls(REGISTER)[-1].json["token"] == "Ks-another-one-0123"
-    assert "delete --ignore-not-found" in machine.says("cat /run/k3s-words")
-    assert not machine.run("find /etc/systemd /run/beta9-k3s /root /var/lib/rancher -name '*k3s*token*' -o -name"
-                           " 'beta9-*.yaml' 2>/dev/null").stdout
+    assert not machine.says("cat /var/lib/rancher/k3s/server/manifests/beta9-agent.yaml"), "k3s deletes the account"
+    assert not machine.run("find /etc/systemd /run/beta9-k3s -name '*k3s*token*' 2>/dev/null").stdout
 
 
 @systemd
 def test_systemd_ssh_without_a_key_is_told_how_to_get_one(machine):
     done = machine.script(script_for(*OPTIONS, "--ssh", "me@127.0.0.1"))
     assert done.returncode == 3 and "ssh ssh://me@127.0.0.1 exit" in done.stdout
-    assert machine.says("stat -c '%a %U' /var/lib/beta9-agent/.ssh") == "700 beta9-agent"
     machine.says(re.search("sudo (runuser .* ssh-keygen .*)", done.stdout)[1])
-    assert machine.says("stat -c %U /var/lib/beta9-agent/.ssh/id_ed25519") == "beta9-agent"
+    assert machine.says("cd /var/lib/beta9-agent; stat -c '%a %U' .ssh .ssh/id_ed25519").splitlines() == [
+        "700 beta9-agent", "600 beta9-agent"]
 
 
 @systemd
 def test_systemd_apt_whose_lock_another_holds_is_waited_for(machine):
-    """apt-get is a stub: its first two calls find the locks taken, then it brings what was missing."""
+    """apt-get is a stub: its first and fourth calls find a lock taken, then it brings what was missing."""
     machine.serve(lambda: Gateway(port=1994))
     machine.write("/usr/local/sbin/apt-get", """#!/bin/sh
 echo "$*" >>/run/apt
 case $(wc -l </run/apt) in
 1) echo 'E: Could not get lock /var/lib/apt/lists/lock. It is held by process 9' >&2; exit 100 ;;
-3) echo 'E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 9' >&2; exit 100 ;;
-4) mv /root/ensurepip /usr/lib/python3.11 ;;
+2) echo 'E: Unable to locate package python3-venv' >&2; exit 100 ;;
+4) echo 'E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 9' >&2; exit 100 ;;
+6) mv /root/ensurepip /usr/lib/python3.11 ;;
 esac
 """, 0o755)
     machine.says("mv /usr/lib/python3.11/ensurepip /root")
     machine.install()
-    assert machine.says("cat /run/apt").splitlines() == ["-qq update"] * 2 + ["-qq -y install python3-venv"] * 2
+    assert machine.says("cat /run/apt").splitlines() == ["-qq update", "-qq -y install python3-venv"] * 3
 
 
 @systemd
@@ -6118,7 +5216,7 @@ case $* in *toolkit) touch /usr/bin/nvidia-container-runtime ;; esac
     installer = machine.path("/root/installer").read_bytes()
     assert hashlib.sha256(installer).hexdigest() in done.stdout
     assert machine.says("cat /run/installer-words") == (
-        "--disable traefik --disable servicelb --tls-san 127.0.0.1 --default-runtime nvidia")
+        "--disable traefik --disable servicelb --default-runtime nvidia")
     variables = machine.says("cat /run/installer-variables")
     assert "INSTALL_K3S_VERSION=v1.2.3" in variables and "other" not in variables and TOKEN not in variables
     assert all("--proto =https" in line and "https://" in line for line in machine.says("cat /run/curl").splitlines())
