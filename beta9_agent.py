@@ -7,7 +7,7 @@
 
 Read this file before you run it: the tokens that you give it let the gateway run anything on this
 machine. Rooms 1 to 9 are the agent, whose heart is `keep`, at the end of room 9; rooms 10 to 13 are
-what a person calls by hand. A function calls only what stands above it.
+what a person calls by hand. Functions and classes call only what stands above them.
 
 The lease holds the registration that the gateway has confirmed. Each turn of the loop works out the
 registration that the gateway should have, and acts on the difference:
@@ -22,7 +22,7 @@ Connects to  the gateway you name, or the proxy that the environment names for i
              DNS, for its name; with --ssh the gateway through ssh alone.
              This machine's k3s, at --k3s-url and through no proxy: with --k3s-ca-file for the
              worker pods and the node; else for a TLS handshake, without any token.
-             --check asks both for more. It also connects to --hostname, and to the addresses that
+             --check asks both for more, and also connects to --hostname, and to the addresses that
              the gateway names for workers
 Listens      nowhere (--dev: on 127.0.0.1)
 Reads        the files you name, its state folder, /etc/machine-id, the hardware through psutil
@@ -153,7 +153,7 @@ class Lease(NamedTuple):
     confirmed_at: float = -math.inf             # by the last answer that renewed the TTL
     kept_at: float | None = None                # by the last keepalive
     register_failed: bool = False               # the last call was a registration, and it failed
-    failing_since: float | None = None
+    failing_since: float | None = None          # until a keepalive while no registration is owed
     failures: int = 0                           # since then
     denied_since: float | None = None           # by 401, or by a name that is public for now
 
@@ -167,7 +167,7 @@ class Promise(NamedTuple):
 
     gpu_count: int                      # that were offered with CPU last
     quiet_since: float | None = None    # no CPU is offered, the gateway knows it, no worker is seen
-    from_before: bool = False           # by the process before this one
+    from_before: bool = False           # read from disk: of the process before this one
 
 
 class Gpu(NamedTuple):
@@ -189,7 +189,7 @@ class Metrics(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """A worker's pod: its status as `kubectl get pods` shows it, and since when it is seen so."""
+    """A worker's pod: its status as `kubectl get pods` shows it, and since when it has that."""
 
     status: str
     since: float
@@ -419,14 +419,14 @@ def next_due(lease: Lease, call: str, lost_ssh: bool, now: float) -> float:
 
 
 def lease_after_failure(lease: Lease, call: str, wanted: Registration, outcome: Outcome,
-                        now: float, interval: float, draw: Draw) -> Lease:
+                        now: float, config: Config, draw: Draw) -> Lease:
     """The lease after a call that failed."""
     since = now if lease.failing_since is None else lease.failing_since
     denied_since = None
     if outcome.kind in (Kind.DENIED, Kind.UNSAFE):
         denied_since = now if lease.denied_since is None else lease.denied_since
     forgotten = outcome.kind is Kind.FORGOTTEN
-    pause = backoff(now - since, interval * 1.1, draw)
+    pause = backoff(now - since, interval_of(lease, config) * 1.1, draw)
     if outcome.retry_after > 0:
         pause = min(outcome.retry_after, 75.0, lease.ttl / 4) + draw(0.0, min(25.0, lease.ttl / 12))
     elif forgotten and lease.failing_since is None:
@@ -443,13 +443,14 @@ def lease_after(lease: Lease, call: str, wanted: Registration, outcome: Outcome,
                 config: Config, draw: Draw) -> Lease:
     """What a call that ended so at `now` makes of the lease: the whole schedule."""
     lease = lease._replace(ttl=outcome.ttl or lease.ttl)
-    interval = interval_of(lease, config)
     if outcome.kind is not Kind.OK:
-        return lease_after_failure(lease, call, wanted, outcome, now, interval, draw)
+        return lease_after_failure(lease, call, wanted, outcome, now, config, draw)
+    interval = interval_of(lease, config)
     lease = lease._replace(confirmed_at=now, denied_since=None, register_failed=False)
     if call == REGISTER:    # kept alive at once: a machine that is only registered takes no work
         return lease._replace(due=now, registered=wanted, unconfirmed=None)
-    if next_call(lease, wanted, now) == REGISTER and lease.failing_since is not None:
+    owed = lease.registered != wanted or lease.unconfirmed is not None
+    if owed and lease.failing_since is not None:
         # Kept alive, but the registration that failed is still owed: on with the backoff.
         pause = backoff(now - lease.failing_since, interval * 1.1, draw)
         return lease._replace(due=now + pause, kept_at=now)
@@ -497,8 +498,8 @@ def offer_of(metrics: Metrics, gpus: list[Gpu] | None, before: Offer, config: Co
 NO_CPU = "no worker can run here and no CPU is offered"
 TRY_PLUGIN = ("is NVIDIA's device plugin in `kubectl get pods -A`, and was nvidia-container-runtime"
               " there before k3s started?")
-TRY_MIG = ("cards are split by MIG, whose parts have names of their own, nvidia.com/mig-...: have"
-           " the device plugin use MIG_STRATEGY=single, or end it with `nvidia-smi -mig 0`")
+TRY_MIG = ("MIG splits cards into parts of other names, nvidia.com/mig-...: have the device plugin"
+           " use MIG_STRATEGY=single, or end it with `nvidia-smi -mig 0`")
 
 
 def fit_to_node(found: Offer, view: K3sView) -> tuple[Offer, str]:
@@ -512,6 +513,25 @@ def fit_to_node(found: Offer, view: K3sView) -> tuple[Offer, str]:
                    f" are offered: {TRY_MIG if view.has_mig else TRY_PLUGIN}")
 
 
+def find_quiet(offer: Offer, promise: Promise, view: K3sView, registered: Offer | None,
+               now: float) -> float | None:
+    """Since when the gateway, as it has confirmed, places nothing here, and no worker is seen."""
+    withdrawn = (registered is not None and registered.cpu == 0
+                 and registered.gpu_count == offer.gpu_count)
+    if not withdrawn or view.workers or view.fault:
+        return None
+    return now if promise.quiet_since is None else promise.quiet_since
+
+
+def explain_shortage(promise: Promise, view: K3sView) -> str:
+    """Why no CPU is offered while workers may hold more GPUs than there are."""
+    count, until = "unknown", "for 10 minutes" if promise.from_before else "until a restart"
+    if view.workers is not None:
+        count, until = str(len(view.workers)), "until 10 minutes after the last one has ended"
+    return (f"Workers may hold the others (workers now: {count}), so no work is taken {until};"
+            " drain this machine with `beta9 machine drain`")
+
+
 def plan_offer(found: Offer, promise: Promise, view: K3sView, registered: Offer | None,
                now: float) -> tuple[Offer, Promise, str]:
     """What to register, what workers may hold then, and why it is not all that is there.
@@ -521,25 +541,19 @@ def plan_offer(found: Offer, promise: Promise, view: K3sView, registered: Offer 
     are left. `registered` is what the gateway has confirmed last.
     """
     offer, reason = fit_to_node(found, view)
-    may_place, quiet_since = offer.gpu_count >= promise.gpu_count, None
-    withdrawn = (registered is not None and registered.cpu == 0
-                 and registered.gpu_count == offer.gpu_count)
-    if withdrawn and not may_place and not view.workers and not view.fault:
-        quiet_since = now if promise.quiet_since is None else promise.quiet_since
-        # Workers that cannot be seen may still run; but an idle one ends within WORKER_PATIENCE, so
-        # those of the process before have.
-        trusted = view.workers is not None or promise.from_before
-        may_place = trusted and now - quiet_since >= WORKER_PATIENCE
-    if may_place and not view.fault:
+    quiet_since = find_quiet(offer, promise, view, registered, now)
+    # Workers that cannot be seen may still run; but an idle one ends within WORKER_PATIENCE, so
+    # those of the process before have.
+    trusted = view.workers is not None or promise.from_before
+    gone = trusted and quiet_since is not None and now - quiet_since >= WORKER_PATIENCE
+    enough = offer.gpu_count >= promise.gpu_count
+    if not view.fault and (enough or gone):
         return offer, Promise(offer.gpu_count), reason
-    count, until = "unknown", "for 10 minutes" if promise.from_before else "until a restart"
-    if view.workers is not None:
-        count, until = str(len(view.workers)), "until 10 minutes after the last one has ended"
-    reason = reason or (f"{offer.gpu_count} GPUs are here where {promise.gpu_count} were offered:"
-                        " look at `nvidia-smi`, unless --max-gpus was lowered")
-    return offer._replace(cpu=0), promise._replace(quiet_since=quiet_since), view.fault or (
-        f"{reason}. Workers may hold the others (workers now: {count}), so no work is taken"
-        f" {until}; have this machine drained by `beta9 machine drain`")
+    if not view.fault:
+        reason = reason or (f"{offer.gpu_count} GPUs are here where {promise.gpu_count} were"
+                            " offered: look at `nvidia-smi`, unless --max-gpus was lowered")
+        reason += f". {explain_shortage(promise, view)}"
+    return offer._replace(cpu=0), promise._replace(quiet_since=quiet_since), view.fault or reason
 
 
 TRY_K3S = "look at `systemctl status k3s`, and check --k3s-url and --k3s-ca-file"
@@ -569,10 +583,11 @@ def find_node(body: bytes, hostname: str) -> dict[str, Any] | None:
 def explain_node(node: Mapping[str, Any]) -> str:
     if not node:
         return "k3s has no node: see `kubectl get nodes` and `journalctl -u k3s`"
-    spec, name = as_mapping(node.get("spec")), as_mapping(node.get("metadata")).get("name")
-    name = f"node {printable(name, 60)}"
+    spec = as_mapping(node.get("spec"))
+    node_name = printable(as_mapping(node.get("metadata")).get("name"), 60)
+    name = f"node {node_name}"
     if spec.get("unschedulable") is True:
-        return f"{name} is cordoned: `kubectl uncordon {name[5:]}` ends that"
+        return f"{name} is cordoned: `kubectl uncordon {node_name}` ends that"
     conditions = {str(each.get("type")): each for each in map(
         as_mapping, as_list(as_mapping(node.get("status")).get("conditions")))}
     ready = conditions.get("Ready", {})
@@ -875,8 +890,7 @@ OPTIONS = [
            "show the settings and what would be sent, without the network"),
     Option(WHAT, "--check", "", a_switch,
            "find out whether this machine will work; changes nothing"),
-    Option(WHAT, "--status", "", a_switch, "how is this machine's agent? Exits with 0 where"
-           " work can run, 1 where not, 3 where no agent runs"),
+    Option(WHAT, "--status", "", a_switch, "how is this machine's agent?"),
     Option(WHAT, "--json", "", a_switch, "with --check or --status: print JSON"),
     Option(WHAT, "--prometheus", "", a_switch,
            "with --status: print it for node_exporter"),
@@ -1122,7 +1136,7 @@ def read_tokens(config: Config) -> None:
                 setattr(config, name, read_token(path))
                 config.sources[name] = printable(path)
         except AgentError as error:
-            if name == "token" or os.path.exists(path):     # else it is waited for
+            if name == "token":     # that of k3s is waited for
                 config.problems.append(
                     f"{flag}: no token can be read from '{printable(path)}', {error}")
         if getattr(config, name):
@@ -1214,7 +1228,7 @@ class Question:
     def __init__(self, function: Callable[[], Any]) -> None:
         self.function = function
         self.answer: Any = None             # or what the function raised
-        self.answered = allocate_lock()     # of the last thread, which frees it with the answer
+        self.answered = allocate_lock()     # locked until the last thread has answered
         self.under_way = False              # from the start until the answer is taken
         self.begun = False                  # the last thread has come to life
         self.asked_at = self.took = 0.0     # took: seconds, of the last answer
@@ -1246,8 +1260,8 @@ class Question:
             self.under_way = True
 
     def ask(self, until: float) -> Any:
-        """The answer, waited for until then. Raises TimeoutError, RuntimeError, and what the
-        function raised.
+        """The answer, waited for until then, also a late one to the question before. Raises
+        TimeoutError, RuntimeError, and what the function raised.
         """
         self.start()
         while not self.answered.acquire(timeout=min(0.1, max(until - read_clock(), 0))):
@@ -1312,20 +1326,20 @@ def read_gpu(nvml: Any, index: int) -> Gpu:
     name = printable(name.decode(errors="replace") if isinstance(name, bytes) else name, 60)
     try:
         return Gpu(name, not nvml.nvmlDeviceGetComputeRunningProcesses(handle))
-    except Exception as error:      # of any kind, as bindings and drivers of all ages meet here
+    except Exception as error:      # of any kind: bindings and drivers of all ages meet here
         if getattr(error, "value", None) in (
                 nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED,
                 nvml.NVML_ERROR_UNKNOWN):
             return Gpu(None, False)
         warn_once(f"the driver does not tell what runs on its cards, {printable(error, 80)}: they"
-                  " count as not free, as where MIG splits them, and with drivers of 470 and older")
+                  " count as not free, as with MIG, and with drivers of 470 and older")
         return Gpu(name, False)
 
 
 def list_gpus() -> list[Gpu]:
     """The cards. Raises NVML's error where there is a driver that cannot say.
 
-    NVML is closed each time, so that the driver can be upgraded meanwhile.
+    NVML is closed each time, so that the kernel module can be unloaded meanwhile.
     """
     try:
         nvml = load_nvml()
@@ -1368,7 +1382,7 @@ class Host:
         self.metrics = Metrics(None, None, None, None, None, None, 0)
         self.gpus: list[Gpu] | None = None
 
-    def ask(self, what: str, question: Callable[[], Any]) -> Any:
+    def read(self, what: str, question: Callable[[], Any]) -> Any:
         """The answer; None where there is none, for whatever reason."""
         try:
             return question()
@@ -1381,14 +1395,14 @@ class Host:
     def sample(self) -> None:
         """Measures it. Load is the average since the last sample."""
         import psutil
-        cpus = self.ask("the number of CPUs", psutil.cpu_count)
-        memory = self.ask("the memory", psutil.virtual_memory)
+        cpus = self.read("the number of CPUs", psutil.cpu_count)
+        memory = self.read("the memory", psutil.virtual_memory)
         with contextlib.suppress(RuntimeError):     # both at once, for one deadline
             self.driver.start()
-        disk = self.ask("the disk", lambda: self.disk.poll(HOST_DEADLINE))
-        self.gpus = self.ask("the NVIDIA driver", lambda: self.driver.poll(HOST_DEADLINE))
+        disk = self.read("the disk", lambda: self.disk.poll(HOST_DEADLINE))
+        self.gpus = self.read("the NVIDIA driver", lambda: self.driver.poll(HOST_DEADLINE))
         self.metrics = Metrics(
-            cpu_utilization_pct=self.ask("the CPU's load", psutil.cpu_percent),
+            cpu_utilization_pct=self.read("the CPU's load", psutil.cpu_percent),
             memory_utilization_pct=getattr(memory, "percent", None),
             total_cpu_available=None if cpus is None else cpus * 1000,
             total_memory_available=None if memory is None else memory.total >> 20,
@@ -1495,6 +1509,9 @@ class Connection:
                 sock = socket.create_connection(
                     (address, self.client.port), min(share, self.seconds_left()))
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self.is_closed:
+                    sock.close()
+                    raise TimeoutError
                 self.client.good_address = address
                 return sock
             except OSError as error:
@@ -1531,9 +1548,9 @@ class Connection:
                              ("https", urllib3.HTTPSConnectionPool)):
             if not hasattr(pool.ConnectionCls, "_new_conn"):    # no address would be judged
                 raise AgentError("this version of urllib3 is not known here: install urllib3 2", 1)
-            kind = type("Connection", (pool.ConnectionCls,), {
+            judged = type("Judged", (pool.ConnectionCls,), {
                 "_new_conn": new_connection, "response_class": FinalResponse})
-            pools[scheme] = type("Pool", (pool,), {"ConnectionCls": kind})
+            pools[scheme] = type("Pool", (pool,), {"ConnectionCls": judged})
         adapter = requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=1)
         adapter.poolmanager.pool_classes_by_scheme = pools
         if self.client.proxy:
@@ -1614,13 +1631,15 @@ class HttpClient:
             answer = Question(lambda: connection.send(prepared, limit)).ask(until)
             headers = {name.title(): redact(value) for name, value in answer.headers.items()}
             body = redact(answer.body.decode(errors="replace")).encode()
+            if not self.is_connected():     # the server closes after each answer
+                self.close()
             return Answer(answer.status, headers, body)
         except Exception:
             self.close()
             raise
 
-    def ask(self, path: str, token: Secret, body: str | None, until: float,
-            limit: int = CONFIG_LIMIT, accept: str = "application/json") -> Answer:
+    def request(self, path: str, token: Secret, body: str | None, until: float,
+                limit: int = CONFIG_LIMIT, accept: str = "application/json") -> Answer:
         """A GET, or with a body a POST, and its answer of at most `limit` bytes. Raises whatever
         goes wrong. A kept connection that breaks before the first byte of its answer is replaced
         once, as load balancers close idle ones.
@@ -1735,6 +1754,9 @@ class GatewayClient:
         if cleartext and self.proxy and not parse_address(config.gateway_host):
             raise AgentError(f"{config.gateway_host}, looked up by {self.peer}, may be public, and"
                              f" {CLEARTEXT}. {TRY_TLS}, or name it in no_proxy")
+        if not (config.tls or config.ssh or is_loopback(config.gateway_host)):
+            LOG.warning("no TLS to %s: give --tls or --ssh, unless the network encrypts, as a VPN"
+                        " does", config.gateway_host)
         self.http = HttpClient(config.gateway, host, port, config.redactor, config.ca_file,
                                self.proxy, cleartext, self.ssh)
 
@@ -1750,9 +1772,10 @@ class GatewayClient:
                       " gateway be reached from there")
         return Outcome(Kind.TROUBLE, text, remedy)
 
-    def ask(self, path: str, body: str | None, until: float, limit: int = CONFIG_LIMIT) -> Answer:
-        """A request to the machine API with the token. Raises as `HttpClient.ask`."""
-        return self.http.ask(f"/api/v1{path}", self.config.token, body, until, limit)
+    def request(self, path: str, body: str | None, until: float,
+                limit: int = CONFIG_LIMIT) -> Answer:
+        """A request to the machine API with the token. Raises as `HttpClient.request`."""
+        return self.http.request(f"/api/v1{path}", self.config.token, body, until, limit)
 
     def send(self, call: str, payload: Mapping[str, Any], seconds: float) -> Outcome:
         """Sends a register or keepalive, within `seconds`; a new ssh is given time of its own."""
@@ -1762,7 +1785,7 @@ class GatewayClient:
         if self.ssh is not None and not self.http.is_connected():
             seconds = max(seconds, SSH_DEADLINE)
         try:
-            answer = self.ask(f"/machine/{call}", text, start + seconds, limit)
+            answer = self.request(f"/machine/{call}", text, start + seconds, limit)
             LOG.debug("< %d in %.1f ms %s %s", answer.status, (read_clock() - start) * 1000,
                       printable(answer.headers, 1000), describe_body(answer.body))
             outcome = classify(call, answer, self.config, str(payload["machine_id"]))
@@ -1798,16 +1821,17 @@ class K3sWatch:
             "labelSelector": f"run.beam.cloud/role=worker,run.beam.cloud/machine-id={machine_id}"})
         self.question = Question(self.look_now)
         self.token: Secret | None = None        # that the looks so far were made with
-        self.steady, self.was_usable, self.due = Steady(), False, -math.inf
+        self.proved = False                     # a look with that token was good
+        self.steady, self.due = Steady(), -math.inf
         self.view = K3sView()
         self.believe(K3sView(f"k3s was not seen yet at {config.k3s_url}, so {NO_CPU}: {TRY_K3S}"))
 
-    def ask(self, path: str, body: str | None, until: float,
-            accept: str = "application/json") -> Answer:
-        """A request to the API, only where its CA is known. Raises as `HttpClient.ask`."""
+    def request(self, path: str, body: str | None, until: float,
+                accept: str = "application/json") -> Answer:
+        """A request to the API, only where its CA is known. Raises as `HttpClient.request`."""
         if not os.path.isfile(self.config.k3s_ca_file or ""):
             raise AgentError(f"its root certificate is not at {self.config.k3s_ca_file}")
-        return self.http.ask(path, self.config.k3s_token, body, until, accept=accept)
+        return self.http.request(path, self.config.k3s_token, body, until, accept=accept)
 
     def look_now(self) -> K3sView:
         """What is there, within HOST_DEADLINE. Whatever goes wrong is a fault."""
@@ -1824,11 +1848,11 @@ class K3sWatch:
                 ssl.get_server_certificate((self.host, self.port), timeout=HOST_DEADLINE)
                 return K3sView(notice="k3s was not asked whether workers can run: give"
                                " --k3s-ca-file, so that the token goes to k3s alone")
-            pods = self.ask(self.pods, None, until, self.TABLE)
+            pods = self.request(self.pods, None, until, self.TABLE)
             workers = parse_workers(pods.body, self.view.workers or {}, read_clock())
             if pods.status != 200 or workers is None:
                 return K3sView(explain_k3s_answer(pods), token_refused=pods.status in (401, 403))
-            nodes = self.ask("/api/v1/nodes?limit=500", None, until)
+            nodes = self.request("/api/v1/nodes?limit=500", None, until)
             if nodes.status not in (200, 403):
                 return K3sView(explain_k3s_answer(nodes))
             view = judge_k3s(workers, find_node(nodes.body, socket.gethostname()), read_clock())
@@ -1848,7 +1872,7 @@ class K3sWatch:
         if config.dev:
             return K3sView()
         if config.k3s_token != self.token:
-            self.token, self.was_usable, self.due = config.k3s_token, False, now
+            self.token, self.proved, self.due = config.k3s_token, False, now
         if now < self.due:
             return self.view
         try:
@@ -1857,11 +1881,11 @@ class K3sWatch:
             return self.view
         self.due = now + LOOK_PERIOD
         usable = not found.fault
-        if found.token_refused or usable and not self.was_usable:
+        if found.token_refused or usable and not self.proved:
             self.steady = Steady()      # which believes what it is told first
-        self.was_usable = self.was_usable or usable
+        self.proved = self.proved or usable
         believed, node = self.steady.observe((usable, found.node))
-        if believed == usable:
+        if believed == usable:      # so this look is believed, with a node that held still
             self.believe(found._replace(node=node))
         return self.view
 
@@ -1954,9 +1978,9 @@ class State:
     """This machine's id and lock, and what must outlive the process."""
 
     def __init__(self, machine_id: str, folder: str = "", lock: Any = None,
-                 late: Question | None = None) -> None:
+                 hung: Question | None = None) -> None:
         self.machine_id, self.folder, self.lock = machine_id, folder, lock
-        self.late = late        # the folder that hung at the start
+        self.hung = hung        # the folder that hung at the start
         self.promised = 0       # GPUs, that were offered with CPU last
         if folder:
             with contextlib.suppress(AgentError):
@@ -1975,10 +1999,10 @@ class State:
         """Writes a file of this machine, aside, as a disk can hang. What the disk does not take is
         written with the next record.
         """
-        if self.late is not None:
+        if self.hung is not None:
             with contextlib.suppress(TimeoutError):
-                found = self.late.ask(read_clock())
-                self.late, self.folder, self.lock = None, found.folder, found.lock
+                found = self.hung.ask(read_clock())
+                self.hung, self.folder, self.lock = None, found.folder, found.lock
         if not self.folder:
             return
         path = f"{self.folder}/{self.machine_id}{ending}"
@@ -2037,7 +2061,7 @@ def open_state(config: Config) -> State:
     except TimeoutError:
         LOG.warning("%s hangs: until it answers this goes on without it, with a new machine id"
                     " where none is given; give --state-dir", folder)
-        return State(config.machine_id or os.urandom(4).hex(), late=question)
+        return State(config.machine_id or os.urandom(4).hex(), hung=question)
 
 
 # ---- 9 Loop
@@ -2277,8 +2301,8 @@ def keep(config: Config, state: State) -> int:
             # What should the gateway know of it?
             now = read_clock()
             sure = lease.unconfirmed is None        # of what the gateway holds
-            held = lease.registered.offer if lease.registered and sure else None
-            offer, promise, reason = plan_offer(host.capacity.value, promise, view, held, now)
+            confirmed = lease.registered.offer if lease.registered and sure else None
+            offer, promise, reason = plan_offer(host.capacity.value, promise, view, confirmed, now)
             wanted = Registration(offer, config.k3s_token, private_ip)
             report.looked(view, reason)
 
@@ -2553,11 +2577,11 @@ class Bench:
         self.view = self.k3s.question.ask(self.until)
         self.offer, self.shortage = fit_to_node(self.host.capacity.value, self.view)
 
-    def ask(self, path: str, status: int = 200, body: str | None = None) -> Any:
+    def request(self, path: str, status: int = 200, body: str | None = None) -> Any:
         """The JSON that the gateway answers. Raises AgentError for another status."""
         call = KEEPALIVE if body else path
         try:
-            answer = self.client.ask(path, body, self.until)
+            answer = self.client.request(path, body, self.until)
             said = parse_json(answer.body)
             if answer.status == status and isinstance(said, (dict, list)):
                 return said
@@ -2579,14 +2603,14 @@ def check_settings(bench: Bench) -> Findings:
 
 def check_gateway(bench: Bench) -> Findings:
     start = read_clock()
-    bench.ask("/health")
+    bench.request("/health")
     yield OK, f"{bench.client.peer} answers in {(read_clock() - start) * 1000:.0f} ms"
     query = urllib.parse.urlencode({"pool_name": bench.config.pool_name,
                                     "provider_name": bench.config.provider_name})
-    machines = as_list(bench.ask(f"/machine/list?{query}"))
+    machines = as_list(bench.request(f"/machine/list?{query}"))
     yield OK, f"the token is accepted; ready machines of this pool: {len(machines)}"
     # The gateway refuses a keepalive of no machine with 400, and changes nothing.
-    bench.ask("/machine/keepalive", 400, "{}")
+    bench.request("/machine/keepalive", 400, "{}")
     yield OK, "it has a keepalive route"
 
 
@@ -2623,7 +2647,7 @@ def check_places(settings: object, until: float) -> Findings:
 def check_pool(bench: Bench) -> Findings:
     """The pool in the gateway's configuration, and each address there that workers need."""
     config, offer = bench.config, bench.offer
-    fields, name = as_mapping(bench.ask("/machine/config")), config.pool_name
+    fields, name = as_mapping(bench.request("/machine/config")), config.pool_name
     settings = fields.setdefault("config", None)
     pool = find_in(settings, "worker", "pools", name)
     cpu, memory = (find_in(pool, "pool_sizing", f"default_worker_{each}")
@@ -2646,7 +2670,7 @@ def check_pool(bench: Bench) -> Findings:
 
 def check_rules(bench: Bench) -> Findings:
     """Whether the k3s token may do with jobs what the gateway does. It has listed the pods."""
-    answer = bench.k3s.ask(
+    answer = bench.k3s.request(
         "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", json.dumps({
             "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview",
             "spec": {"namespace": "default"}}), bench.until)
@@ -3117,7 +3141,7 @@ BETA9_END
     [ -z "$hostname" ] || echo "hostname: \"$hostname\""
     [ -z "$machine_id" ] || echo "machine_id: \"$machine_id\""
     if [ -e $etc.new/k3s-token ]; then
-        say "takes the k3s token in $etc/k3s-token; without that file, k3s would make one"
+        say "uses the k3s token in $etc/k3s-token"
         echo "k3s_token_file: $etc/k3s-token"
     else
         printf '%s\n' "k3s_token_file: $k3s/token" "k3s_ca_file: $k3s/ca.crt"
@@ -3301,7 +3325,7 @@ def print_install(config: Config) -> None:
     words = {"version": format_version(), "hostname": config.hostname or "",
              "machine_id": config.machine_id or "", "packages": format_packages(),
              "sha256": hashlib.sha256(program).hexdigest(), "settings": format_settings(config),
-             "payload": "\n".join(re.findall(".{1,1000}", packed)),
+             "payload": "\n".join(re.findall(".{1,2000}", packed)),
              "install_k3s": INSTALL_K3S if config.install_k3s else "",
              "install_ssh": INSTALL_SSH if config.ssh else "",
              "ssh_key": INSTALL_SSH_KEY.replace("{ssh}", config.ssh) if config.ssh else ""}

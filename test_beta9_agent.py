@@ -1777,6 +1777,12 @@ def test_tls_fault_ends_once_with_69_and_the_remedy_that_fits_and_sends_nothing(
         assert not re.search(b"POST|Bearer|" + re.escape(TOKEN).encode(), b"".join(gateway.heard))
 
 
+@pytest.mark.parametrize("words, told", [(["10.1.2.3"], True), (["10.1.2.3", "--tls"], False), (["127.0.0.1"], False)])
+def test_cleartext_beyond_loopback_is_warned_of(box, words, told):
+    done = box.run("--dry-run", "--gateway-host", *words)
+    assert done.returncode == 0 and ("no TLS to 10.1.2.3" in done.stderr) == told, done.stderr
+
+
 def test_proxy_netrc_and_redirect_traps_are_not_taken_on_loopback(box, gateway):
     (box.folder / ".netrc").write_text("machine 127.0.0.1 login x password y\n")
     (box.folder / ".netrc").chmod(0o600)
@@ -3802,6 +3808,16 @@ def test_question_without_memory_for_a_thread_fails_and_never_hangs():
     assert done.stdout.endswith(" answered\n"), "and answers when there is memory again"
 
 
+def test_request_whose_answer_closes_the_connection_leaves_none_that_could_be_lost():
+    with Server() as server:
+        client = b9.HttpClient(f"http://127.0.0.1:{server.port}", "127.0.0.1", server.port, b9.Redactor())
+        for words, kept in (["Connection: close"], False), ([], True):
+            server.always = says(200, b"{}", *words)
+            assert client.request("/", b9.Secret(TOKEN), None, soon()).status == 200
+            assert client.is_connected() == (client.connection is not None) == kept
+        client.close()
+
+
 @pytest.mark.slow
 def test_request_20000_times_racing_a_deadline_of_15_ms_never_hangs(nothing_left):
     ends, longest, last, chance = collections.Counter(), [], [], random.Random(1)
@@ -3811,11 +3827,11 @@ def test_request_20000_times_racing_a_deadline_of_15_ms_never_hangs(nothing_left
         for _ in range(5000):
             began = time.monotonic()
             try:
-                ends[client.ask("/", b9.Secret(TOKEN), None, soon(0.015)).status] += 1
+                ends[client.request("/", b9.Secret(TOKEN), None, soon(0.015)).status] += 1
             except Exception as error:
                 ends[type(error).__name__] += 1
             longest.append(time.monotonic() - began)
-        last.append(client.ask("/", b9.Secret(TOKEN), None, soon()).status)
+        last.append(client.request("/", b9.Secret(TOKEN), None, soon()).status)
         client.close()
 
     def answer_about_then(link):
@@ -5142,7 +5158,7 @@ def test_systemd_tokens_come_from_variables_files_or_the_last_time(machine):
     assert (last.bearer, last.json["token"], last.json["hostname"]) == (TOKEN, K3S_TOKEN, "10.1.2.3")
     count = len(gateway.seen)
     done = machine.script(script)                       # both from before
-    assert done.returncode == 0 and "takes the k3s token in" in done.stdout
+    assert done.returncode == 0 and "uses the k3s token in" in done.stdout
     last = gateway.calls(REGISTER)[-1]
     assert len(gateway.seen) > count and (last.bearer, last.json["token"]) == (TOKEN, K3S_TOKEN)
     assert not machine.path("/etc/systemd/system/beta9-k3s-token.timer").exists()
