@@ -1573,7 +1573,8 @@ class Connection:
         """Hangs up, which ends a request that is still under way."""
         self.is_closed = True
         with contextlib.suppress(Exception):    # there is none, or it is closed
-            self.sock.shutdown(socket.SHUT_RDWR)
+            # TLS's own would let a thread that is sending go on in cleartext.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
         self.adapter.close()
         if self.client.ssh is not None:
             self.client.ssh.close()
@@ -1884,7 +1885,7 @@ class K3sWatch:
         if found.token_refused or usable and not self.proved:
             self.steady = Steady()      # which believes what it is told first
         self.proved = self.proved or usable
-        believed, node = self.steady.observe((usable, found.node))
+        believed, node = self.steady.observe((usable, found.node if usable else None))
         if believed == usable:      # so this look is believed, with a node that held still
             self.believe(found._replace(node=node))
         return self.view
@@ -1932,9 +1933,9 @@ def read_fingerprint() -> str:
 def read_machine_id(folder: str) -> str | None:
     """The kept id; None for none, a damaged one or another machine's."""
     with contextlib.suppress(AgentError):
-        kept = re.fullmatch(f"([0-9a-f]{{8}}) {read_fingerprint()}\n",
-                            read_file(f"{folder}/machine-id"))
-        return kept[1] if kept else None
+        kept = re.fullmatch("([0-9a-f]{8}) ([0-9a-f]{64}|-)\n", read_file(f"{folder}/machine-id"))
+        # Where this machine's cannot be read the id is believed.
+        return kept[1] if kept and read_fingerprint() in (kept[2], "-") else None
     return None
 
 
@@ -2847,7 +2848,7 @@ def show_dry_run(config: Config) -> None:
 # ---- 12 Install
 # Of both scripts. All of each is one function that its last line calls, in one pair of braces: a
 # pipe that breaks off anywhere runs nothing, not even half a word.
-BEGIN = r"""# shellcheck disable=SC2034,SC2086,SC2317,SC2329  # words split on purpose; traps call
+BEGIN = r"""# shellcheck disable=SC2034,SC2086,SC2317,SC2329  # words are split; traps call
 { main() {
 set -eu
 umask 022
@@ -3132,7 +3133,7 @@ unset BETA9_TOKEN BETA9_TOKEN_FILE BETA9_K3S_TOKEN BETA9_K3S_TOKEN_FILE
 [ -e $etc.new/token ] ||
     fail 'the machine token is missing: run this by sudo BETA9_TOKEN_FILE=token sh'
 [ -e $etc.new/k3s-token ] || ! systemctl cat k3s-agent.service ||
-    fail 'an agent node of k3s makes no token: give one of its server by BETA9_K3S_TOKEN_FILE'
+    fail 'a k3s agent node makes no token: give one by BETA9_K3S_TOKEN_FILE'
 {
     cat <<'BETA9_END'
 {settings}
@@ -3240,7 +3241,7 @@ printf '%s\n' "$shown" >&3 || :
 case $shown in
 'ready for '*) end 0 'installed, and ready for work; see also: sudo beta9-agent --check' ;;
 *'takes no work'*)
-    end 0 'installed and joined; it takes work as soon as k3s can run it here, see above' ;;
+    end 0 'installed and joined; it takes work once k3s can run it, see above' ;;
 esac
 journalctl -q -n 5 -o cat -u beta9-agent >&3
 end 3 'installed but not ready, see above; it goes on trying'
