@@ -1247,6 +1247,19 @@ def test_k3s_one_bad_look_with_a_new_token_is_not_believed(k3s):
     watch.http.close()
 
 
+def test_k3s_faults_that_alternate_are_believed(k3s):
+    watch = b9.K3sWatch(config_of(*k3s.options()), ID)
+    wait(lambda: watch.look().fault == "", "k3s is usable")
+    k3s.nodes, faults = [k3s.node(ready="False")], itertools.cycle([html(503), None])
+
+    def look_again():
+        k3s.always, watch.due = next(faults), -math.inf
+        return watch.look().fault
+
+    wait(look_again, "a second bad look is believed, whatever the node says")
+    watch.http.close()
+
+
 def test_k3s_not_seen_yet_is_no_fault_with_offer_always():
     assert "not seen yet" in b9.K3sWatch(CONFIG, ID).view.fault
     view = b9.K3sWatch(config_of("--offer-always"), ID).view
