@@ -2035,10 +2035,11 @@ def make_state(config: Config, folder: str) -> State:
     machine_id = config.machine_id or read_machine_id(folder)
     path, lock = f"{folder}/machine-id", None
     try:
-        if not os.path.isdir(folder):
+        with contextlib.suppress(FileExistsError):
             os.makedirs(folder)
             os.chmod(folder, 0o755)     # whatever the umask: other users' --status reads there
         lock = take_lock(folder)
+        machine_id = machine_id or read_machine_id(folder)      # by another start, meanwhile
         if machine_id is None:
             machine_id = os.urandom(4).hex()
             if os.path.lexists(path):

@@ -2486,6 +2486,28 @@ def test_state_of_several_first_starts_at_once_is_one_agent(box, gateway):
     assert len({link.json["machine_id"] for link in gateway.seen}) == 1
 
 
+def test_state_of_first_starts_in_the_same_instant_is_locked_by_one_of_them(tmp_path):
+    config = config_of("--pool-name", "gpu")
+    for turn in range(10):      # the folder is made by whoever comes first
+        folder, line, found = str(tmp_path / f"new-{turn}"), threading.Barrier(8), []
+
+        def start():
+            line.wait()
+            try:
+                found.append(b9.make_state(config, folder))
+            except b9.AgentError as error:
+                found.append(error)
+
+        starts = [threading.Thread(target=start) for _ in range(8)]
+        for thread in starts:
+            thread.start()
+        for thread in starts:
+            thread.join()
+        states = [each for each in found if isinstance(each, b9.State)]
+        assert len(found) == 8 and len(states) == 1 and states[0].lock, found
+        states[0].lock.close()
+
+
 @pytest.mark.parametrize("umask", ["000", "077"])
 def test_state_is_readable_by_others_as_it_should_be_whatever_the_umask(box, gateway, umask):
     agent = box.ready(gateway, before=["sh", "-c", f'umask {umask}; exec "$@"', "sh"])
