@@ -9,7 +9,8 @@ Read this file before you run it: the tokens that you give it let the gateway ru
 machine. Rooms 1 to 9 are the agent, whose heart is `keep`, at the end of room 9; rooms 10 to 13 are
 what a person calls by hand. Functions and classes call only what stands above them.
 
-The lease holds the registration that the gateway has confirmed. Each turn of the loop works out the
+A machine that is only registered gets no work: its first keepalive makes it ready. The lease holds
+the registration that the gateway has confirmed. Each turn of the loop works out the
 registration that the gateway should have, and acts on the difference:
 
     settings -> facts (host, k3s, token files) -> offer -> wanted registration
@@ -149,12 +150,11 @@ class Lease(NamedTuple):
     due: float
     ttl: float = 299.0                          # a guess, until the gateway tells
     registered: Registration | None = None      # as the gateway has confirmed it
-    unconfirmed: Registration | None = None     # sent since then, perhaps taken; None: all is known
+    unanswered: Offer | None = None             # sent since then: the most that may be registered
     confirmed_at: float = -math.inf             # by the last answer that renewed the TTL
     kept_at: float | None = None                # by the last keepalive
     register_failed: bool = False               # the last call was a registration, and it failed
     failing_since: float | None = None          # until a keepalive while no registration is owed
-    failures: int = 0                           # since then
     denied_since: float | None = None           # by 401, or by a name that is public for now
 
 
@@ -391,6 +391,10 @@ def deadline_of(call: str, lease: Lease, config: Config) -> float:
     return max(2.0, min(REQUEST_DEADLINE, interval_of(lease, config)))
 
 
+def most_of(offer: Offer, other: Offer | None) -> Offer:
+    return offer if other is None else Offer(*map(max, offer, other))
+
+
 def next_call(lease: Lease, wanted: Registration, now: float) -> str:
     """Keepalive where the gateway knows the wanted registration within its TTL, else register.
 
@@ -399,11 +403,10 @@ def next_call(lease: Lease, wanted: Registration, now: float) -> str:
     """
     if lease.registered is None or now - lease.confirmed_at > lease.ttl:
         return REGISTER         # the gateway does not know this machine
-    if lease.registered == wanted and lease.unconfirmed is None:
+    if lease.registered == wanted and lease.unanswered is None:
         return KEEPALIVE        # it knows all
-    held = [each.offer for each in (lease.registered, lease.unconfirmed) if each is not None]
-    too_large = any(offer.cpu > wanted.offer.cpu or offer.gpu_count > wanted.offer.gpu_count
-                    for offer in held)
+    most = most_of(lease.registered.offer, lease.unanswered)
+    too_large = most.cpu > wanted.offer.cpu or most.gpu_count > wanted.offer.gpu_count
     return KEEPALIVE if lease.register_failed and not too_large else REGISTER
 
 
@@ -432,24 +435,29 @@ def lease_after_failure(lease: Lease, call: str, wanted: Registration, outcome: 
     elif forgotten and lease.failing_since is None:
         pause = 0.0     # registers at once; with pauses where it is forgotten again and again
     if forgotten:
-        lease = lease._replace(registered=None, unconfirmed=None)
+        lease = lease._replace(registered=None, unanswered=None)
+    if call == REGISTER:
+        lease = lease._replace(unanswered=most_of(wanted.offer, lease.unanswered))
     return lease._replace(
-        due=now + pause, unconfirmed=wanted if call == REGISTER else lease.unconfirmed,
-        register_failed=call == REGISTER, failing_since=since, failures=lease.failures + 1,
+        due=now + pause, register_failed=call == REGISTER, failing_since=since,
         denied_since=denied_since)
 
 
 def lease_after(lease: Lease, call: str, wanted: Registration, outcome: Outcome, now: float,
                 config: Config, draw: Draw) -> Lease:
-    """What a call that ended so at `now` makes of the lease: the whole schedule."""
+    """What a call that ended so at `now` makes of the lease: the whole schedule.
+
+    All well: register, keepalive at once, then one each interval. While a registration fails: that,
+    a keepalive, that again ..., with pauses; `failing_since` stays until one is taken.
+    """
     lease = lease._replace(ttl=outcome.ttl or lease.ttl)
     if outcome.kind is not Kind.OK:
         return lease_after_failure(lease, call, wanted, outcome, now, config, draw)
     interval = interval_of(lease, config)
     lease = lease._replace(confirmed_at=now, denied_since=None, register_failed=False)
-    if call == REGISTER:    # kept alive at once: a machine that is only registered takes no work
-        return lease._replace(due=now, registered=wanted, unconfirmed=None)
-    owed = lease.registered != wanted or lease.unconfirmed is not None
+    if call == REGISTER:    # and kept alive at once
+        return lease._replace(due=now, registered=wanted, unanswered=None)
+    owed = lease.registered != wanted or lease.unanswered is not None
     if owed and lease.failing_since is not None:
         # Kept alive, but the registration that failed is still owed: on with the backoff.
         pause = backoff(now - lease.failing_since, interval * 1.1, draw)
@@ -459,7 +467,7 @@ def lease_after(lease: Lease, call: str, wanted: Registration, outcome: Outcome,
     due = min(lease.due, now) + pause       # a call can be early, as after a lost ssh
     if due <= now:                          # after a suspend: what was missed is not made up
         due = now + pause
-    return lease._replace(due=due, kept_at=now, failing_since=None, failures=0)
+    return lease._replace(due=due, kept_at=now, failing_since=None)
 
 
 def patience_ends(lease: Lease, started_at: float, config: Config) -> float:
@@ -513,16 +521,6 @@ def fit_to_node(found: Offer, view: K3sView) -> tuple[Offer, str]:
                    f" are offered: {TRY_MIG if view.has_mig else TRY_PLUGIN}")
 
 
-def find_quiet(offer: Offer, promise: Promise, view: K3sView, registered: Offer | None,
-               now: float) -> float | None:
-    """Since when the gateway, as it has confirmed, places nothing here, and no worker is seen."""
-    withdrawn = (registered is not None and registered.cpu == 0
-                 and registered.gpu_count == offer.gpu_count)
-    if not withdrawn or view.workers or view.fault:
-        return None
-    return now if promise.quiet_since is None else promise.quiet_since
-
-
 def explain_shortage(promise: Promise, view: K3sView) -> str:
     """Why no CPU is offered while workers may hold more GPUs than there are."""
     count, until = "unknown", "for 10 minutes" if promise.from_before else "until a restart"
@@ -536,24 +534,28 @@ def plan_offer(found: Offer, promise: Promise, view: K3sView, registered: Offer 
                now: float) -> tuple[Offer, Promise, str]:
     """What to register, what workers may hold then, and why it is not all that is there.
 
-    Without CPU on offer the gateway places nothing. That is right where no worker can run, as the
-    gateway else tries once a second, for ever (measured), and while workers may hold more GPUs than
-    are left. `registered` is what the gateway has confirmed last.
+    Without CPU on offer the gateway places nothing. `registered` is what it has confirmed last.
     """
     offer, reason = fit_to_node(found, view)
-    quiet_since = find_quiet(offer, promise, view, registered, now)
-    # Workers that cannot be seen may still run; but an idle one ends within WORKER_PATIENCE, so
-    # those of the process before have.
-    trusted = view.workers is not None or promise.from_before
-    gone = trusted and quiet_since is not None and now - quiet_since >= WORKER_PATIENCE
-    enough = offer.gpu_count >= promise.gpu_count
-    if not view.fault and (enough or gone):
+    if view.fault:      # the gateway would try once a second, for ever (measured)
+        return offer._replace(cpu=0), promise._replace(quiet_since=None), view.fault
+    if offer.gpu_count >= promise.gpu_count:
         return offer, Promise(offer.gpu_count), reason
-    if not view.fault:
-        reason = reason or (f"{offer.gpu_count} GPUs are here where {promise.gpu_count} were"
-                            " offered: look at `nvidia-smi`, unless --max-gpus was lowered")
-        reason += f". {explain_shortage(promise, view)}"
-    return offer._replace(cpu=0), promise._replace(quiet_since=quiet_since), view.fault or reason
+
+    # Workers may hold more GPUs than there are, until none has been seen for WORKER_PATIENCE since
+    # the gateway confirmed that no CPU is offered.
+    quiet_since = None
+    if (registered is not None and registered.cpu == 0
+            and registered.gpu_count == offer.gpu_count and not view.workers):
+        quiet_since = now if promise.quiet_since is None else promise.quiet_since
+    # Those that cannot be seen may be at work; of the process before, they are taken to be idle.
+    trusted = view.workers is not None or promise.from_before
+    if trusted and quiet_since is not None and now - quiet_since >= WORKER_PATIENCE:
+        return offer, Promise(offer.gpu_count), reason
+    reason = reason or (f"{offer.gpu_count} GPUs are here where {promise.gpu_count} were offered:"
+                        " look at `nvidia-smi`, unless --max-gpus was lowered")
+    return (offer._replace(cpu=0), promise._replace(quiet_since=quiet_since),
+            f"{reason}. {explain_shortage(promise, view)}")
 
 
 TRY_K3S = "look at `systemctl status k3s`, and check --k3s-url and --k3s-ca-file"
@@ -743,6 +745,8 @@ def judge(record: Mapping[str, Any], running: bool, now: float) -> tuple[int, st
         return 1, f"not ready for {format_seconds(failing_for)}{failure}"
     if (ago("lease_ends_at") or 0) > 0:
         return 1, "not ready, as its lease ran out: it registers again with its next call"
+    if record.get("gpus") is None and number_in(as_mapping(record.get("offer")), "gpu_count"):
+        return 1, "ready, but the NVIDIA driver does not answer: see `nvidia-smi` and `dmesg`"
     if text("placement"):
         return 1, (f"ready, but no work will come: {text('placement')}; once that is mended,"
                    " restart the agent")
@@ -1273,9 +1277,8 @@ class Question:
         return self.answer
 
     def poll(self, seconds: float) -> Any:
-        """As `ask`, for what is asked again and again. It waits until `seconds` after the question
-        was put, not after this call, so a hang costs that once. A slow question is put again at
-        once, for the next poll.
+        """As `ask`, for what is asked again and again: waits until `seconds` after the question was
+        put, so that a hang costs them once. A slow one is put again at once, for the next poll.
         """
         self.start()
         answer = self.ask(self.asked_at + seconds)
@@ -1488,7 +1491,7 @@ class Connection:
         self.client, self.addresses = client, addresses
         self.until = 0.0                # by the clock, of the request that is under way
         self.is_closed = False
-        self.sock: Any = None           # that the last answer came from
+        self.sock: Any = None           # once it is connected, by TLS where that is used
         self.is_answering = False       # the first byte of an answer is there
         self.adapter = self.build_adapter()
 
@@ -1496,8 +1499,8 @@ class Connection:
         """Never 0, which would be "for ever" to a socket."""
         return max(self.until - read_clock(), 0.001)
 
-    def connect(self) -> socket.socket:
-        """A socket to the first address that takes it, or to ssh. Raises OSError."""
+    def open_socket(self) -> socket.socket:
+        """One to the first address that takes it, or to ssh. Raises OSError."""
         if self.is_closed:      # by whoever waited for this request
             raise TimeoutError
         if self.client.ssh is not None:
@@ -1509,28 +1512,22 @@ class Connection:
                 sock = socket.create_connection(
                     (address, self.client.port), min(share, self.seconds_left()))
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if self.is_closed:
-                    sock.close()
-                    raise TimeoutError
+                sock.settimeout(self.seconds_left())
                 self.client.good_address = address
                 return sock
             except OSError as error:
                 failure = error
         raise failure
 
-    def build_adapter(self) -> Any:
-        """An adapter that connects by `connect`. A session follows redirects and obeys ~/.netrc."""
+    def derive_pool(self, pool: Any) -> Any:
+        """A class of urllib3's pools that connects by `open_socket`. Raises AgentError."""
         import http.client
-        import requests.adapters
-        import urllib3
-        connection, pools = self, {}
+        connection = self
+        if not hasattr(pool.ConnectionCls, "_new_conn"):    # no address would be judged
+            raise AgentError("this version of urllib3 is not known here: install urllib3 2", 1)
 
         class FinalResponse(http.client.HTTPResponse):
             """Skips 102, 103 and the like, as RFC 9110, 15.2, asks; the library skips 100 alone."""
-
-            def __init__(self, sock: Any, *args: Any, **named: Any) -> None:
-                super().__init__(sock, *args, **named)
-                connection.sock = sock
 
             def begin(self) -> None:
                 connection.is_answering = bool(self.fp.peek(1))
@@ -1539,18 +1536,26 @@ class Connection:
                     self.headers = self.msg = None      # type: ignore[assignment]
                     super().begin()
 
-        def new_connection(live: Any) -> socket.socket:
-            sock = connection.connect()
-            sock.settimeout(connection.seconds_left())
-            return sock
+        class Judged(pool.ConnectionCls):       # type: ignore[misc]
+            response_class = FinalResponse
 
-        for scheme, pool in (("http", urllib3.HTTPConnectionPool),
-                             ("https", urllib3.HTTPSConnectionPool)):
-            if not hasattr(pool.ConnectionCls, "_new_conn"):    # no address would be judged
-                raise AgentError("this version of urllib3 is not known here: install urllib3 2", 1)
-            judged = type("Judged", (pool.ConnectionCls,), {
-                "_new_conn": new_connection, "response_class": FinalResponse})
-            pools[scheme] = type("Pool", (pool,), {"ConnectionCls": judged})
+            def _new_conn(self) -> Any:     # the one place where urllib3 makes a socket
+                return connection.open_socket()
+
+            def connect(self) -> None:      # by that, and then a proxy's CONNECT, and TLS
+                super().connect()
+                connection.sock = self.sock
+                if connection.is_closed:    # too late to send anything
+                    raise TimeoutError
+
+        return type("Pool", (pool,), {"ConnectionCls": Judged})
+
+    def build_adapter(self) -> Any:
+        """An adapter with such pools. A session follows redirects and obeys ~/.netrc."""
+        import requests.adapters
+        import urllib3
+        pools = {"http": self.derive_pool(urllib3.HTTPConnectionPool),
+                 "https": self.derive_pool(urllib3.HTTPSConnectionPool)}
         adapter = requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=1)
         adapter.poolmanager.pool_classes_by_scheme = pools
         if self.client.proxy:
@@ -1695,7 +1700,8 @@ CERTIFICATE_REMEDIES = (
     ((26,), "Have it made for servers (extendedKeyUsage serverAuth)"))
 
 
-def explain_failure(error: BaseException, peer: str, try_next: str) -> tuple[str, str]:
+def explain_failure(error: BaseException, peer: str, try_next: str,
+                    redactor: Redactor) -> tuple[str, str]:
     """What went wrong on the way to an answer, and the remedy."""
     import ssl
     if isinstance(error, AgentError):       # of ours, which says it
@@ -1725,8 +1731,9 @@ def explain_failure(error: BaseException, peer: str, try_next: str) -> tuple[str
             (MemoryError, "there is no memory left", "Free some, see `free -m`")):
         if among(kind):
             return text, remedy
-    inner = chain[-1]
-    return (f"the connection to {peer} broke, {type(inner).__name__}: {printable(inner)}", try_next)
+    inner = chain[-1]       # which can echo a token: it is taken out before the text is cut
+    said = printable(redactor.redact(str(inner)))
+    return f"the connection to {peer} broke, {type(inner).__name__}: {said}", try_next
 
 
 def parse_address(host: str) -> str:
@@ -1765,7 +1772,8 @@ class GatewayClient:
         """What a request without an answer means. ssh's own last line tells most."""
         if isinstance(error, PublicAddress):
             return Outcome(Kind.UNSAFE, str(error), TRY_TLS)
-        text, remedy = explain_failure(error, self.peer, TRY_HEALTH.format(config=self.config))
+        text, remedy = explain_failure(error, self.peer, TRY_HEALTH.format(config=self.config),
+                                       self.config.redactor)
         said = self.config.redactor.redact(self.ssh.said).strip() if self.ssh else ""
         if said:
             text += f"; ssh says: {printable('; '.join(said.splitlines()[-2:]))}"
@@ -1822,7 +1830,7 @@ class K3sWatch:
             "labelSelector": f"run.beam.cloud/role=worker,run.beam.cloud/machine-id={machine_id}"})
         self.question = Question(self.look_now)
         self.token: Secret | None = None        # that the looks so far were made with
-        self.proved = False                     # a look with that token was good
+        self.token_worked = False                     # a look with that token was good
         self.steady, self.due = Steady(), -math.inf
         self.view = K3sView()
         self.believe(K3sView(f"k3s was not seen yet at {config.k3s_url}, so {NO_CPU}: {TRY_K3S}"))
@@ -1861,7 +1869,8 @@ class K3sWatch:
                 "--hostname is missing: give the host or IP by which the gateway reaches k3s here"))
         except Exception as error:  # of any kind: a stranger's bytes went through the libraries
             LOG.debug("no answer from k3s", exc_info=True)
-            text, _ = explain_failure(error, f"{format_host(self.host)}:{self.port}", "")
+            text, _ = explain_failure(error, f"{format_host(self.host)}:{self.port}", "",
+                                      config.redactor)
             return K3sView(f"k3s cannot be used, {text}, so {NO_CPU}: {TRY_K3S}")
 
     def look(self) -> K3sView:
@@ -1873,7 +1882,7 @@ class K3sWatch:
         if config.dev:
             return K3sView()
         if config.k3s_token != self.token:
-            self.token, self.proved, self.due = config.k3s_token, False, now
+            self.token, self.token_worked, self.due = config.k3s_token, False, now
         if now < self.due:
             return self.view
         try:
@@ -1882,11 +1891,11 @@ class K3sWatch:
             return self.view
         self.due = now + LOOK_PERIOD
         usable = not found.fault
-        if found.token_refused or usable and not self.proved:
+        if found.token_refused or usable and not self.token_worked:
             self.steady = Steady()      # which believes what it is told first
-        self.proved = self.proved or usable
-        believed, node = self.steady.observe((usable, found.node if usable else None))
-        if believed == usable:      # so this look is believed, with a node that held still
+        self.token_worked = self.token_worked or usable
+        steady, node = self.steady.observe((usable, found.node if usable else None))
+        if steady == usable:        # what this look found is believed, with a node that held still
             self.believe(found._replace(node=node))
         return self.view
 
@@ -2177,12 +2186,13 @@ class Report:
             return
         self.counts["failed"] += 1
         self.failure = f"{call} failed, {outcome.text}. {outcome.remedy}"
-        times = ""
-        if lease.failures > 1 and lease.failing_since is not None:
-            times = f" {lease.failures} times in {format_seconds(now - lease.failing_since)}"
+        for_long = ""
+        if lease.failing_since is not None and now - lease.failing_since >= 1:
+            for_long = f" for {format_seconds(now - lease.failing_since)}"
         passing = outcome.kind in (Kind.TROUBLE, Kind.FORGOTTEN)
-        LOG.log(logging.WARNING if passing else logging.ERROR, "%s failed%s, %s; trying again in"
-                " %.1f s. %s", call, times, outcome.text, max(lease.due - now, 0.0), outcome.remedy)
+        cause = outcome.text.replace("%", "%%")     # in the format: another one is told at once
+        LOG.log(logging.WARNING if passing else logging.ERROR, f"{call} failed%s, {cause}; trying"
+                " again in %.1f s. %s", for_long, max(lease.due - now, 0.0), outcome.remedy)
 
     def kept_alive(self, before: Lease, lease: Lease, offer: Offer, now: float) -> None:
         """Tells of a keepalive where that changes something, else once in QUIET seconds."""
@@ -2252,7 +2262,8 @@ class Report:
         config, now, mark = self.config, read_clock(), (state, lease, offer, view, self.reason)
         if mark == self.written:
             return
-        self.written, gpus = mark, [gpu for gpu in host.gpus or () if gpu.name]
+        self.written = mark
+        gpus = None if host.gpus is None else [gpu._asdict() for gpu in host.gpus if gpu.name]
         record = {
             "format": 2, "agent_version": VERSION, "state": state, "stopped_why": self.stopped_why,
             "machine_id": self.state.machine_id, "pool_name": config.pool_name,
@@ -2264,7 +2275,7 @@ class Report:
             "lease_ends_at": lease.confirmed_at + lease.ttl if lease.registered else None,
             **self.counts, "offer": offer._asdict(), "warning": self.reason,
             "placement": self.placement, "metrics": host.metrics._asdict(),
-            "gpus": [gpu._asdict() for gpu in gpus], "lost_gpus": len(host.gpus or ()) - len(gpus),
+            "gpus": gpus, "lost_gpus": len(host.gpus or ()) - len(gpus or ()),
             "k3s": self.describe_k3s(view), "history": list(self.history)}
         clean = as_mapping(parse_json(config.redactor.redact(json.dumps(record))))
         notify_systemd(f"STATUS={judge(clean, state == 'running', now)[1]}")
@@ -2297,14 +2308,14 @@ def keep(config: Config, state: State) -> int:
             view = k3s.look()
             if read_clock() >= lease.due:
                 host.sample()
-                if lease.failures > 0:      # another network, perhaps
-                    private_ip = find_private_ip() or private_ip
+                private_ip = find_private_ip() or private_ip
 
             # What should the gateway know of it?
             now = read_clock()
-            sure = lease.unconfirmed is None        # of what the gateway holds
-            confirmed = lease.registered.offer if lease.registered and sure else None
-            offer, promise, reason = plan_offer(host.capacity.value, promise, view, confirmed, now)
+            known = None        # what is registered, unless a registration was not answered
+            if lease.registered is not None and lease.unanswered is None:
+                known = lease.registered.offer
+            offer, promise, reason = plan_offer(host.capacity.value, promise, view, known, now)
             wanted = Registration(offer, config.k3s_token, private_ip)
             report.looked(view, reason)
 
@@ -2441,7 +2452,7 @@ def draw_history(status: Mapping[str, Any], title: str, name: str, unit: str, to
 def draw_running(status: Mapping[str, Any], room: int) -> list[str]:
     """What is known of an agent that runs, in at most `room` lines."""
     now, k3s = status["now"], status["k3s"]
-    busy = [gpu["free"] for gpu in status["gpus"]].count(False)
+    busy = [gpu["free"] for gpu in status["gpus"] or ()].count(False)
     count = "?" if k3s["worker_count"] is None else k3s["worker_count"]
     lines = [
         f"agent      {status['agent_version']}, pid {status['pid']}, started"
@@ -2862,10 +2873,10 @@ log=/run/beta9-agent-install.log failure=1 outcome=''
 say() { printf 'beta9-agent: %s\n' "$1" >&3 || :; }
 fail() { doing=''; trap '' PIPE; printf 'beta9-agent: %s\n' "$1$outcome" >&4 || :; exit $failure; }
 exec 3>&1 4>&2 </dev/null
-[ "$(id -u)" = 0 ] || fail 'this must run as root: pipe it into sudo sh, or ssh root@... sh'
+[ "$(id -u)" = 0 ] || fail 'this must run as root: pipe it into sudo sh'
 [ -d /run/systemd/system ] || fail 'systemd does not run here: start the agent by hand instead'
 exec 9>/run/beta9-agent.lock
-flock -n 9 || fail 'another run of this is under way: wait until it ends'
+flock -n 9 || fail 'another run is under way: wait until it ends'
 """
 
 FILES = {"unit": """[Unit]
@@ -3095,7 +3106,7 @@ clean() {
 }
 agent() { $opt.new/venv/bin/python -I $opt.new/beta9_agent.py "$@"; }
 packages() {
-    for _ in $(seq 60); do # five minutes, while another program holds apt's or dpkg's lock
+    for _ in $(seq 60); do # five minutes, while others hold apt's or dpkg's lock
         : >$log
         apt-get -qq update || :
         DEBIAN_FRONTEND=noninteractive apt-get -qq -y install "$@" && return
@@ -3123,7 +3134,7 @@ step 'writing the settings'
 trap clean EXIT
 trap 'fail "stopped by a signal"' HUP INT PIPE TERM
 id $user || useradd --system --user-group --home-dir $state --shell /usr/sbin/nologin $user
-[ -e $opt ] || [ ! -e $opt.old ] || mv $opt.old $opt # of a run that was cut off
+[ -e $opt ] || [ ! -e $opt.old ] || mv $opt.old $opt # a run was cut off
 rm -rf $opt.old $opt.new $etc.new
 mkdir -p $opt $opt.new $etc
 cp -a $etc/. $etc.new
@@ -3164,12 +3175,12 @@ sys.stdout.buffer.write(bz2.decompress(base64.b85decode(packed)))' \
 BETA9_END
 echo "{sha256}  $opt.new/beta9_agent.py" | sha256sum -c --quiet
 
-step 'installing its Python packages by pip'
+step 'installing Python packages by pip'
 $base -I -m venv $opt.new/venv
 $opt.new/venv/bin/python -I -m pip install -q --no-cache-dir --disable-pip-version-check \
     {packages}
 echo $opt >"$(echo $opt.new/venv/lib/python3*/site-packages)/beta9.pth"
-# Compiled here once: at each start it would take memory and time.
+# Once: at each start it would take memory and time.
 $opt.new/venv/bin/python -I -m compileall -q -s $opt.new -p $opt --invalidation-mode checked-hash \
     $opt.new/beta9_agent.py
 for name in unit wrapper k3s-account k3s-token k3s-token-service k3s-token-timer; do
@@ -3177,7 +3188,7 @@ for name in unit wrapper k3s-account k3s-token k3s-token-service k3s-token-timer
 done
 {install_ssh}
 step "trying the settings in the service's sandbox"
-# The unit itself, with the new files in place of the old ones; once, also while the machine boots.
+# The unit, once, with the new files in place of the old ones; also while the machine boots.
 cat $opt.new/unit - >$try <<END
 [Unit]
 CollectMode=inactive-or-failed
@@ -3240,7 +3251,7 @@ until shown=$($wrapper --status) || [ $tries = 0 ]; do
 done
 printf '%s\n' "$shown" >&3 || :
 case $shown in
-'ready for '*) end 0 'installed, and ready for work; see also: sudo beta9-agent --check' ;;
+'ready for '*) end 0 'installed, and ready for work' ;;
 *'takes no work'*)
     end 0 'installed and joined; it takes work once k3s can run it, see above' ;;
 esac
