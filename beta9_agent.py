@@ -298,9 +298,9 @@ NEW_TOKEN = ("Get a new one from the gateway's operator, who makes it with `beta
 TRY_HEALTH = ("Check --gateway-host and --gateway-port;"
               " `curl {config.gateway}/api/v1/health` should answer")
 
-# The meaning of answers that confirm nothing, by the first pattern that matches the line "<call>
-# <status> <what it says>": the gateway says 500 for a bad pool name, for a machine that it forgot
-# and for real trouble alike. Source: the gateway's handlers.
+# The meaning of answers that confirm nothing, by the first pattern that matches a line such as
+# "keepalive 500 machine not found": the gateway says 500 for a bad pool name, for a machine that it
+# forgot and for real trouble alike. What says nothing is no gateway. Source: its handlers.
 ANSWERS = (
     ("keepalive .*(machine_expired|machine.not.found)", Kind.FORGOTTEN,
      "The gateway does not know this machine any more, as after a restart of its Redis"),
@@ -464,7 +464,7 @@ def lease_after(lease: Lease, call: str, wanted: Registration, outcome: Outcome,
         return lease._replace(due=now + pause, kept_at=now)
     # The first pause is random, so that machines started together spread out.
     pause = interval * (draw(0.1, 1.0) if lease.kept_at is None else draw(0.9, 1.1))
-    due = min(lease.due, now) + pause       # a call can be early, as after a lost ssh
+    due = min(lease.due, now) + pause       # from when it was due, or was early, with a new ssh
     if due <= now:                          # after a suspend: what was missed is not made up
         due = now + pause
     return lease._replace(due=due, kept_at=now, failing_since=None)
