@@ -202,7 +202,6 @@ class K3sView(NamedTuple):
     workers: Mapping[str, Worker] | None = None     # by the names of the pods
     node: Offer | None = None                       # what its node can give to workers
     notice: str = ""                                # what a person should know besides
-    has_mig: bool = False                           # its node has parts of cards
     token_refused: bool = False
 
 
@@ -490,12 +489,14 @@ def exit_code_after(outcome: Outcome, lease: Lease, started_at: float, now: floa
 
 def offer_of(metrics: Metrics, gpus: list[Gpu] | None, before: Offer, config: Config) -> Offer:
     """What is there, under the operator's caps; a lost GPU is not. What is unknown, and what
-    changed by less than 1 %, is as before.
+    changed by less than 1 %, is as before. So is CPU while the GPUs are unknown: other work would
+    fill the machine.
     """
+    cpu = None if gpus is None else metrics.total_cpu_available
     count = None if gpus is None else sum(gpu.name is not None for gpu in gpus)
     values = []
     for found, old, cap in (
-            (metrics.total_cpu_available, before.cpu, config.max_cpu),
+            (cpu, before.cpu, config.max_cpu),
             (metrics.total_memory_available, before.memory, config.max_memory),
             (count, before.gpu_count, config.max_gpus)):
         value = min(old if found is None else found, math.inf if cap is None else cap)
@@ -504,10 +505,8 @@ def offer_of(metrics: Metrics, gpus: list[Gpu] | None, before: Offer, config: Co
 
 
 NO_CPU = "no worker can run here and no CPU is offered"
-TRY_PLUGIN = ("is NVIDIA's device plugin in `kubectl get pods -A`, and was nvidia-container-runtime"
-              " there before k3s started?")
-TRY_MIG = ("MIG splits cards into parts of other names, nvidia.com/mig-...: have the device plugin"
-           " use MIG_STRATEGY=single, or end it with `nvidia-smi -mig 0`")
+TRY_PLUGIN = ("is NVIDIA's device plugin in `kubectl get pods -A`, with MIG_STRATEGY=single where"
+              " MIG is on, and was nvidia-container-runtime there before k3s started?")
 
 
 def fit_to_node(found: Offer, view: K3sView) -> tuple[Offer, str]:
@@ -518,23 +517,28 @@ def fit_to_node(found: Offer, view: K3sView) -> tuple[Offer, str]:
     if offer.gpu_count == found.gpu_count:
         return offer, ""
     return offer, (f"k3s has {offer.gpu_count} of {found.gpu_count} GPUs for workers, and no more"
-                   f" are offered: {TRY_MIG if view.has_mig else TRY_PLUGIN}")
+                   f" are offered: {TRY_PLUGIN}")
 
 
 def explain_shortage(promise: Promise, view: K3sView) -> str:
     """Why no CPU is offered while workers may hold more GPUs than there are."""
-    count, until = "unknown", "for 10 minutes" if promise.from_before else "until a restart"
+    until = "for 10 minutes" if promise.from_before else "until a restart"
     if view.workers is not None:
-        count, until = str(len(view.workers)), "until 10 minutes after the last one has ended"
-    return (f"Workers may hold the others (workers now: {count}), so no work is taken {until};"
-            " drain this machine with `beta9 machine drain`")
+        until = "until 10 minutes after the last one has ended"
+    return (f"Workers may hold the others, so no work is taken {until}; drain this machine with"
+            " `beta9 machine drain`")
 
 
 def plan_offer(found: Offer, promise: Promise, view: K3sView, registered: Offer | None,
                now: float) -> tuple[Offer, Promise, str]:
     """What to register, what workers may hold then, and why it is not all that is there.
 
-    Without CPU on offer the gateway places nothing. `registered` is what it has confirmed last.
+    k3s has a fault                     no CPU, so that the gateway places nothing
+    as many GPUs as promised, or more   all of it
+    fewer, and workers may hold them    no CPU
+    fewer, but the workers are gone     all of it
+
+    `registered` is what the gateway has confirmed last.
     """
     offer, reason = fit_to_node(found, view)
     if view.fault:      # the gateway would try once a second, for ever (measured)
@@ -674,7 +678,7 @@ def judge_k3s(workers: Mapping[str, Worker], node: Mapping[str, Any] | None,
     if node is not None:
         fault = explain_node(node)
         return K3sView(f"{fault}; so {NO_CPU}" if fault else "", workers, parse_allocatable(node),
-                       trouble, "nvidia.com/mig-" in str(node.get("status")))
+                       trouble)
     stuck = bool(workers) and all(each.status == "Pending" and now - each.since > PENDING_PATIENCE
                                   for each in workers.values())
     return K3sView(f"{trouble}; so {NO_CPU}" if stuck else "", workers, None, trouble or (
@@ -745,7 +749,7 @@ def judge(record: Mapping[str, Any], running: bool, now: float) -> tuple[int, st
         return 1, f"not ready for {format_seconds(failing_for)}{failure}"
     if (ago("lease_ends_at") or 0) > 0:
         return 1, "not ready, as its lease ran out: it registers again with its next call"
-    if record.get("gpus") is None and number_in(as_mapping(record.get("offer")), "gpu_count"):
+    if record.get("gpus") is None:
         return 1, "ready, but the NVIDIA driver does not answer: see `nvidia-smi` and `dmesg`"
     if text("placement"):
         return 1, (f"ready, but no work will come: {text('placement')}; once that is mended,"
@@ -950,9 +954,9 @@ SECRETS = ("token", "k3s_token")
 # What `beta9 machine create` prints for the agent that needs a VPN.
 UNUSED_FLAGS = ("--tailscale-url", "--tailscale-auth", "--flux-upstream", "--flux-branch",
                 "--flux-github-token")
-# Beta9 sets the first two for its own client; the others are Kubernetes' links to a service that
-# is called beta9-gateway. So is BETA9_GATEWAY_PORT where it begins with tcp://.
-FOREIGN_VARIABLES = "BETA9_GATEWAY_(HOST_HTTP|PORT_HTTP|SERVICE_(HOST|PORT).*|PORT_[0-9]+_.*)"
+# Beta9 sets such variables for its own client, and Kubernetes for a service that is called
+# beta9-gateway. So is BETA9_GATEWAY_PORT where it begins with tcp://.
+FOREIGN_VARIABLES = "BETA9_GATEWAY_[A-Z]+_.+"
 DESCRIPTION = """Registers this machine with a Beta9 gateway and keeps it ready for work.
 
 try it:  beta9_agent.py --dev --once
@@ -1335,7 +1339,7 @@ def read_gpu(nvml: Any, index: int) -> Gpu:
                 nvml.NVML_ERROR_UNKNOWN):
             return Gpu(None, False)
         warn_once(f"the driver does not tell what runs on its cards, {printable(error, 80)}: they"
-                  " count as not free, as with MIG, and with drivers of 470 and older")
+                  " count as not free")
         return Gpu(name, False)
 
 
@@ -1381,7 +1385,8 @@ class Host:
     def __init__(self, config: Config) -> None:
         import psutil
         self.config, self.capacity = config, Steady()
-        self.driver, self.disk = Question(list_gpus), Question(lambda: psutil.disk_usage("/"))
+        self.driver = Question(list if config.max_gpus == 0 else list_gpus)
+        self.disk = Question(lambda: psutil.disk_usage("/"))
         self.metrics = Metrics(None, None, None, None, None, None, 0)
         self.gpus: list[Gpu] | None = None
 
@@ -1894,8 +1899,8 @@ class K3sWatch:
         if found.token_refused or usable and not self.token_worked:
             self.steady = Steady()      # which believes what it is told first
         self.token_worked = self.token_worked or usable
-        steady, node = self.steady.observe((usable, found.node if usable else None))
-        if steady == usable:        # what this look found is believed, with a node that held still
+        believed, node = self.steady.observe((usable, found.node if usable else None))
+        if believed == usable:      # else the view stays, until another look finds the same
             self.believe(found._replace(node=node))
         return self.view
 
@@ -2056,6 +2061,9 @@ def make_state(config: Config, folder: str) -> State:
                             " give the old one with --machine-id", path, machine_id)
             write_atomically(path, f"{machine_id} {read_fingerprint()}\n", 0o600)
     except OSError as error:
+        if lock is None and is_locked(folder):
+            raise AgentError(f"another user's agent runs with {folder}: stop it, or give another"
+                             " --state-dir", 75) from None
         LOG.warning("%s cannot keep the machine id or its lock, %s: this start goes on without,"
                     " and the id may be new next time; give --state-dir", folder,
                     explain_error(error))
@@ -2288,10 +2296,17 @@ def leave(gateway: GatewayClient, config: Config, machine_id: str, lease: Lease)
     """
     notify_systemd("STOPPING=1")
     LOG.info("stopping")
-    if lease.kept_at is not None and lease.registered and lease.failing_since is None:
+    if lease.kept_at is None:       # it was never ready
+        return
+    told = False
+    if lease.registered and lease.failing_since is None:
         last = lease.registered._replace(k3s_token=config.k3s_token)
-        STOP.patience = LEAVE_DEADLINE
-        gateway.send(REGISTER, register_payload(config, machine_id, last), LEAVE_DEADLINE)
+        STOP.patience = LEAVE_DEADLINE      # from the signal on
+        payload = register_payload(config, machine_id, last)
+        told = gateway.send(REGISTER, payload, LEAVE_DEADLINE).kind is Kind.OK
+    if not told:
+        LOG.warning("the gateway was not told: work may come for up to %s, until you drain this"
+                    " machine with `beta9 machine drain`", format_seconds(lease.ttl))
 
 
 def keep(config: Config, state: State) -> int:
@@ -2341,7 +2356,7 @@ def keep(config: Config, state: State) -> int:
                     return 0
             report.write("running", lease, offer, host, view)
 
-            # Wait for the next call, or the next look; after a call the next turn waits.
+            # Wait for the next call, or look; not after a call, which was due by `now`.
             if now < due:
                 STOP.wait_until(min(due, now + LOOK_PERIOD),
                                 lambda: not lost_ssh and gateway.has_lost_ssh())
@@ -2370,7 +2385,7 @@ def start_stand_in() -> int:
             self.wfile.write(confirmation)
 
         def log_message(self, *args: Any) -> None:
-            """Says nothing, as --debug has the agent say what it sends and hears."""
+            """Says nothing."""
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     start_new_thread(server.serve_forever, ())
@@ -2389,7 +2404,7 @@ def read_program() -> bytes:
 
 
 def format_version() -> str:
-    """The version, and the first digits of this file's SHA-256 as `sha256sum` prints it."""
+    """The version, and the first digits of this file's SHA-256."""
     digest = "from no file"
     with contextlib.suppress(AgentError):
         digest = hashlib.sha256(read_program()).hexdigest()[:12]
@@ -2864,7 +2879,7 @@ BEGIN = r"""# shellcheck disable=SC2034,SC2086,SC2317,SC2329  # words are split;
 { main() {
 set -eu
 umask 022
-unset KUBECONFIG K3S_URL K3S_TOKEN # of another cluster, perhaps
+unset KUBECONFIG K3S_URL K3S_TOKEN # another cluster's?
 export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 opt=/opt/beta9-agent etc=/etc/beta9-agent state=/var/lib/beta9-agent user=beta9-agent
 wrapper=/usr/local/bin/beta9-agent units=/etc/systemd/system k3s=/run/beta9-k3s
@@ -3147,9 +3162,9 @@ unset BETA9_TOKEN BETA9_TOKEN_FILE BETA9_K3S_TOKEN BETA9_K3S_TOKEN_FILE
 [ -e $etc.new/k3s-token ] || ! systemctl cat k3s-agent.service ||
     fail 'a k3s agent node makes no token: give one by BETA9_K3S_TOKEN_FILE'
 {
-    cat <<'BETA9_END'
+    cat <<'END'
 {settings}
-BETA9_END
+END
     hostname=${BETA9_HOSTNAME:-{hostname}} machine_id=${BETA9_MACHINE_ID:-{machine_id}}
     [ -z "$hostname" ] || echo "hostname: \"$hostname\""
     [ -z "$machine_id" ] || echo "machine_id: \"$machine_id\""
@@ -3170,9 +3185,9 @@ step 'unpacking the agent'
 $base -I -c 'import base64, bz2, sys
 packed = "".join(sys.stdin.read().split())
 sys.stdout.buffer.write(bz2.decompress(base64.b85decode(packed)))' \
-    >$opt.new/beta9_agent.py <<'BETA9_END'
+    >$opt.new/beta9_agent.py <<'END'
 {payload}
-BETA9_END
+END
 echo "{sha256}  $opt.new/beta9_agent.py" | sha256sum -c --quiet
 
 step 'installing Python packages by pip'
@@ -3188,7 +3203,7 @@ for name in unit wrapper k3s-account k3s-token k3s-token-service k3s-token-timer
 done
 {install_ssh}
 step "trying the settings in the service's sandbox"
-# The unit, once, with the new files in place of the old ones; also while the machine boots.
+# The unit once, with the new files in place of the old; also while the machine boots.
 cat $opt.new/unit - >$try <<END
 [Unit]
 CollectMode=inactive-or-failed
@@ -3209,7 +3224,7 @@ systemctl -q start --job-mode=ignore-dependencies beta9-agent-try || {
 }
 {install_k3s}
 step 'putting it in place'
-trap '' HUP INT PIPE TERM # from here on it is all or nothing
+trap '' HUP INT PIPE TERM # now it is all or nothing
 failure=3 outcome='; it is in place, if only in part: run this again'
 mv $etc.new/agent.yaml $etc.new/*token $etc
 mv $opt $opt.old
@@ -3225,7 +3240,7 @@ else
     install -m 644 $opt/k3s-token-service $units/beta9-k3s-token.service
     install -m 644 $opt/k3s-token-timer $units/beta9-k3s-token.timer
     install -d -m 700 ${manifest%/*}
-    # With the date, as k3s would not apply again what it applied before an uninstall.
+    # With the date, as k3s applies nothing twice, not even after an uninstall.
     { cat $opt/k3s-account; date '+# %c'; } >$manifest.new
     mv $manifest.new $manifest
 fi
@@ -3239,9 +3254,9 @@ systemctl -q enable beta9-agent
 }
 systemctl restart --no-block beta9-agent
 {ssh_key}
-[ "$(systemctl is-active cloud-final)" != activating ] || # the rest of the boot waits for us
+[ "$(systemctl is-active cloud-final)" != activating ] || # the boot waits for us
     end 0 'installed; it starts with the end of the boot'
-step 'waiting until it is ready, for a minute'
+step 'waiting a minute until it is ready'
 tries=15 # for two looks at k3s
 [ -e $etc/k3s-token ] || command -v k3s || tries=0 # no wait brings it
 timeout 60 systemctl start beta9-agent || tries=0
@@ -3273,7 +3288,7 @@ def format_packages() -> str:
 
 
 def format_settings(config: Config) -> str:
-    """The settings that were given, as YAML in ASCII, without secrets and what the script adds."""
+    """The settings that were given, as YAML, without secrets and what the script adds."""
     lines = ["state_dir: /var/lib/beta9-agent", "token_file: /etc/beta9-agent/token"]
     left_out = ("hostname", "machine_id", "state_dir", "config", *SECRETS, "token_file",
                 "k3s_token_file", *([] if config.k3s_token else ["k3s_ca_file"]))

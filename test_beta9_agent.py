@@ -1573,7 +1573,7 @@ def test_stop_while_idle_registers_once_more_and_ends_with_0(box, gateway, numbe
     agent.says("ready after")
     assert agent.stop(number, within=3) == 0
     assert [link.state for link in gateway.seen] == ["registered", "ready", "registered"]
-    assert gateway.connections == 1 and "stopping" in agent.log() and "Traceback" not in agent.log()
+    assert gateway.connections == 1 and "stopping" in agent.log() and "not told" not in agent.log()
 
 
 @pytest.mark.parametrize("calls, options", [([REGISTER], ["--once"]), ([REGISTER, KEEPALIVE], [])],
@@ -1592,13 +1592,14 @@ def test_stop_after_a_keepalive_that_failed_or_while_it_hangs_sends_nothing_more
     gateway.always = fault
     wait(lambda: gateway.seen[-1 if fault is silent else -2].faulty, agent.log)
     assert agent.stop() == 0 and {link.call for link in gateway.seen if link.faulty} == {KEEPALIVE}
+    assert "was not told" in agent.log()
 
 
 @pytest.mark.parametrize("answer", [NO_POOL, pytest.param(late(4), marks=pytest.mark.slow)], ids=["refused", "late"])
-def test_stop_whose_registration_is_refused_or_answered_late_is_silent_and_does_not_wait(box, gateway, answer):
+def test_stop_whose_registration_is_refused_or_answered_late_says_so_and_does_not_wait(box, gateway, answer):
     agent = box.ready(gateway, "--keepalive-interval", "60")
     gateway.faults[REGISTER].append(answer)
-    assert agent.stop(within=3.9) == 0 and "failed" not in agent.log() and gateway.seen[-1].faulty
+    assert agent.stop(within=3.9) == 0 and "was not told" in agent.log() and gateway.seen[-1].faulty
 
 
 def test_stop_twice_ends_at_once(box, gateway):
@@ -2560,6 +2561,17 @@ def test_status_by_another_user_works_whatever_the_umask(gateway):
         assert agent.stop() == 0 and status().returncode == 3, status()
 
 
+def test_state_folder_of_another_users_agent_is_left_alone(gateway):
+    words = other_users_python()
+    with tempfile.TemporaryDirectory() as place, contextlib.closing(Box(pathlib.Path(place))) as box:
+        box.folder.chmod(0o755)
+        box.ready(gateway)
+        done = subprocess.run([*words, PROGRAM, "--gateway-port", str(gateway.port), "--state-dir", box.state],
+                              capture_output=True, text=True, timeout=60,
+                              env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "BETA9_TOKEN": TOKEN})
+        assert done.returncode == 75 and "another user's agent" in done.stderr, done
+
+
 def planted(box, gateway, plant):
     """Files of a first run, each replaced by something else; an agent that starts then, and is ready."""
     box.ready(gateway).stop()
@@ -2914,15 +2926,24 @@ def test_cards_whose_names_are_bytes_are_named_as_text(box, gateway, driver):
 
 
 @pytest.mark.slow
-def test_driver_that_hangs_at_the_start_counts_as_none_until_it_returns(box, gateway, driver):
+def test_driver_that_hangs_at_the_start_offers_nothing_until_it_returns(box, gateway, driver):
+    """With CPU on offer other work would fill the machine."""
     driver.say("..", hang=True)
-    agent = box.ready(gateway, **driver.environ)
+    agent = box.ready(gateway, "--offer-always", **driver.environ)
     wait(lambda: len(gateway.calls(KEEPALIVE)) > 5, agent.log)
     assert gateway.registered("gpu_count") == ["0"] and set(free_counts(gateway)) == {0}
-    assert agent.lines("WARNING") and "driver" in agent.log()
+    assert agent.lines("WARNING") and "driver" in agent.log() and not gateway.is_offered_cpu()
+    done = box.run("--status")
+    assert done.returncode == 1 and "driver does not answer" in done.stdout, done.stdout
     driver.say("..")
     wait(lambda: gateway.registered("gpu_count")[-1] == "2" and free_counts(gateway)[-1] == 2, agent.log)
-    assert agent.stop() == 0
+    assert gateway.is_offered_cpu() and agent.stop() == 0
+
+
+def test_driver_that_hangs_is_not_asked_where_no_gpu_is_offered(box, gateway, driver):
+    driver.say("..", hang=True)
+    box.ready(gateway, "--max-gpus", "0", "--offer-always", **driver.environ)
+    assert gateway.is_offered_cpu() and gateway.registered("gpu_count") == ["0"]
 
 
 @pytest.mark.slow
@@ -3586,14 +3607,14 @@ AWAY = "the gateway is away"
 
 
 @pytest.mark.parametrize("promise, turns, opens, words", [
-    (b9.Promise(4), [(0, 3, GOOD)], 601, "3 GPUs are here where 4 were offered.*workers now: 0.*10 minutes after"),
+    (b9.Promise(4), [(0, 3, GOOD)], 601, "3 GPUs are here where 4 were offered.*10 minutes after"),
     (b9.Promise(4), [(0, 3, GOOD, AWAY), (900, 3, GOOD, AWAY), (1000, 3, GOOD)], 601, "3 GPUs are here"),
-    (b9.Promise(4), [(0, 3, GOOD), (590, 3, WORKING)], 601, "workers now: 1"),
+    (b9.Promise(4), [(0, 3, GOOD), (590, 3, WORKING)], 601, "10 minutes after"),
     (b9.Promise(4), [(0, 3, GOOD), (590, 3, FAULT)], 601, "k3s is away"),
     (b9.Promise(4), [(0, 3, GOOD), (590, 2, GOOD)], 601, "2 GPUs are here where 4 were offered"),
-    (b9.Promise(4), [(0, 4, NO_PLUGIN)], 601, "k3s has 0 of 4 GPUs.*workers now: 0"),
-    (b9.Promise(4), [(0, 3, NO_CA)], None, "workers now: unknown.*until a restart"),
-    (AT_A_START, [(0, 3, NO_CA)], 601, "workers now: unknown.*for 10 minutes"),
+    (b9.Promise(4), [(0, 4, NO_PLUGIN)], 601, "k3s has 0 of 4 GPUs.*10 minutes after"),
+    (b9.Promise(4), [(0, 3, NO_CA)], None, "were offered.*until a restart"),
+    (AT_A_START, [(0, 3, NO_CA)], 601, "were offered.*for 10 minutes"),
     (AT_A_START, [(0, 3, FAULT), (590, 3, NO_CA)], 600, "3 GPUs are here"),
     (AT_A_START, [(0, 4, NO_CA), (5, 3, NO_CA)], None, "until a restart")],
     ids="""lost lost-while-the-gateway-is-away worker-seen-later k3s-fault-between one-more-lost node-lost-them
@@ -3717,10 +3738,10 @@ FAILED = {"failing_since": 700.0, "failure": "keepalive failed, 500"}
     ({"placement": "set it"}, True, 1, "ready, but no work will come: set it"),
     ({"offer": {"cpu": 0}, "warning": "k3s is away"}, True, 1, "ready, but takes no work: k3s is away"),
     ({"gpus": None}, True, 1, "ready, but the NVIDIA driver does not answer"),
-    ({"gpus": None, "offer": {"cpu": 1, "gpu_count": 0}}, True, 0, "ready for"),
+    ({"gpus": None, "offer": {"cpu": 0}}, True, 1, "ready, but the NVIDIA driver does not answer"),
     ({"warning": "1 of 4 GPUs"}, True, 0, "ready for"), ({"placement": "x\x1b[2J\n" * 999}, True, 1, r"x\x1b[2J\n")],
     ids="""ready stopped-failing starting not-yet lost change-owed late overdue leased lapsed placement no-cpu no-driver
-        no-driver-needed warned hostile""".split())
+        no-driver-at-the-start warned hostile""".split())
 def test_judge_exit_code_and_headline_by_the_record(more, running, code, words):
     found, headline = b9.judge({**RECORD, **more}, running, 1000.0)
     assert found == code and words in headline and headline.isprintable() and len(headline) < 600
@@ -4660,7 +4681,7 @@ def print_file(name):
 
 def settings_in(script):
     """The text of agent.yaml in a script."""
-    return re.search(r"cat <<'BETA9_END'\n(.*?)\nBETA9_END\n", script, re.S)[1]
+    return re.search(r"cat <<'END'\n(.*?)\nEND\n", script, re.S)[1]
 
 
 VARIANTS = {"bare": [], "tokens": OPTIONS, "k3s token": [*OPTIONS, "--k3s-token", K3S_TOKEN],
@@ -4693,7 +4714,7 @@ def test_script_with_all_options_fits_into_user_data_as_it_is():
 def test_script_carries_this_file_and_its_sha256():
     """By the words that it uses itself."""
     script, program = script_for(), pathlib.Path(PROGRAM).read_bytes()
-    code, packed = re.search(r"^\$base -I -c '([^']*)'.*?<<'BETA9_END'\n(.*?)\nBETA9_END\n", script,
+    code, packed = re.search(r"^\$base -I -c '([^']*)'.*?<<'END'\n(.*?)\nEND\n", script,
                              re.M | re.S).groups()
     done = subprocess.run([sys.executable, "-I", "-c", code], input=packed.encode(), capture_output=True, timeout=60)
     assert done.stdout == program and hashlib.sha256(program).hexdigest() in script
@@ -4739,7 +4760,7 @@ def read_all(descriptor):
         return b""
 
 
-ODD_TEXTS = ["ゴリラ 🦍 é", "a'b\"c\\d", "$(id) `id` ${HOME}", "{payload} {token}", "BETA9_END", "a: b # c", "- yes",
+ODD_TEXTS = ["ゴリラ 🦍 é", "a'b\"c\\d", "$(id) `id` ${HOME}", "{payload} {token}", "END", "a: b # c", "- yes",
              "%s\\n", "0x10", "null"]
 
 
