@@ -1736,7 +1736,9 @@ def explain_failure(error: BaseException, peer: str, try_next: str,
             (MemoryError, "there is no memory left", "Free some, see `free -m`")):
         if among(kind):
             return text, remedy
-    inner = chain[-1]       # which can echo a token: it is taken out before the text is cut
+    # Where urllib3 is old, a TypeError of its own is the innermost.
+    inner = next((each for each in reversed(chain) if not isinstance(each, TypeError)), error)
+    # It can echo a token, which is taken out before the text is cut.
     said = printable(redactor.redact(str(inner)))
     return f"the connection to {peer} broke, {type(inner).__name__}: {said}", try_next
 
