@@ -647,10 +647,13 @@ def parse_workers(body: bytes, before: Mapping[str, Worker],
     return workers
 
 
+def is_stuck(worker: Worker, now: float) -> bool:
+    return worker.status == "Pending" and now - worker.since > PENDING_PATIENCE
+
+
 def explain_workers(workers: Mapping[str, Worker], now: float) -> str:
     for name, worker in workers.items():
-        stuck = worker.status == "Pending" and now - worker.since > PENDING_PATIENCE
-        if stuck or re.search("BackOff|Err|Invalid", worker.status):
+        if is_stuck(worker, now) or re.search("BackOff|Err|Invalid", worker.status):
             return f"worker {name} cannot run, {worker.status}: see `kubectl describe pod {name}`"
     return ""
 
@@ -679,8 +682,7 @@ def judge_k3s(workers: Mapping[str, Worker], node: Mapping[str, Any] | None,
         fault = explain_node(node)
         return K3sView(f"{fault}; so {NO_CPU}" if fault else "", workers, parse_allocatable(node),
                        trouble)
-    stuck = bool(workers) and all(each.status == "Pending" and now - each.since > PENDING_PATIENCE
-                                  for each in workers.values())
+    stuck = bool(workers) and all(is_stuck(each, now) for each in workers.values())
     return K3sView(f"{trouble}; so {NO_CPU}" if stuck else "", workers, None, trouble or (
         "this machine's node is not known, as the token may not read it, or several are there and"
         f" none of this name: {TRY_ACCOUNT}"))
@@ -788,7 +790,7 @@ class Redactor:
 # ---- 5 Configuration
 def checked(pattern: str, fault: str,
             convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """A parser of an option's text. It raises ValueError with what is wrong and what is right."""
+    """A parser of an option's text. It raises ValueError with what would be right."""
     def parse(text: str) -> Any:
         try:
             if re.fullmatch(pattern, text, re.ASCII):
@@ -849,7 +851,7 @@ a_url = checked(r"https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?", 
 a_ca_file = checked(".+", "is not a file of root certificates: give one in PEM format",
                     parse_ca_file)
 # Nothing that fits can be an option of ssh, or a command in the shell that it runs for ProxyJump.
-an_ssh_host = checked(r"(\w[\w.-]*@)?(\w[\w.-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?",
+an_ssh_host = checked(r"(\w[\w.-]*@)?\w[\w.-]*(:[0-9]{1,5})?",
                       "is not a host that ssh can go to: give [user@]host[:port], as in"
                       " me@gateway.example.com", parse_ssh_host)
 a_switch = checked("(?i)1|true|yes|on|0|false|no|off",
@@ -954,8 +956,8 @@ SECRETS = ("token", "k3s_token")
 # What `beta9 machine create` prints for the agent that needs a VPN.
 UNUSED_FLAGS = ("--tailscale-url", "--tailscale-auth", "--flux-upstream", "--flux-branch",
                 "--flux-github-token")
-# Beta9 sets such variables for its own client, and Kubernetes for a service that is called
-# beta9-gateway. So is BETA9_GATEWAY_PORT where it begins with tcp://.
+# Of Beta9's own client, and of Kubernetes for a service that is called beta9-gateway. So is
+# BETA9_GATEWAY_PORT where it begins with tcp://.
 FOREIGN_VARIABLES = "BETA9_GATEWAY_[A-Z]+_.+"
 DESCRIPTION = """Registers this machine with a Beta9 gateway and keeps it ready for work.
 
@@ -1784,8 +1786,8 @@ class GatewayClient:
         said = self.config.redactor.redact(self.ssh.said).strip() if self.ssh else ""
         if said:
             text += f"; ssh says: {printable('; '.join(said.splitlines()[-2:]))}"
-            remedy = (f"As this user `ssh {self.config.ssh}` must work without a question, and the"
-                      " gateway be reached from there")
+            remedy = (f"As this user `ssh ssh://{self.config.ssh}` must work without a question,"
+                      " and the gateway be reached from there")
         return Outcome(Kind.TROUBLE, text, remedy)
 
     def request(self, path: str, body: str | None, until: float,
@@ -2087,9 +2089,8 @@ def open_state(config: Config) -> State:
 
 # ---- 9 Loop
 class Repeats(logging.Filter):
-    """Of lines that say the same the 1st, 2nd, 4th, 8th, then one in QUIET seconds is written; anew
-    after as many seconds without any. Lines say the same if their format string is the same, but
-    for numbers in it.
+    """Of lines whose format is the same, but for numbers, the 1st, 2nd, 4th, 8th, then one in QUIET
+    seconds is written; anew after as many seconds without any.
     """
 
     def __init__(self) -> None:
@@ -2505,10 +2506,11 @@ def draw_status(status: Mapping[str, Any]) -> list[str]:
     if running:
         lines += draw_running(status, 23 - len(lines))
     else:
-        why = status["stopped_why"] or "as it was asked to; for a start since then see its log"
+        why = status["stopped_why"] or "as asked; for a start since then see its log"
         if status["state"] != "stopped":
             why = "without a word: see its log"
-        lines.append(f"stopped    {format_span(status['wall_clock'], time.time())} ago, {why}")
+        lines += textwrap.wrap(f"stopped    {format_span(status['wall_clock'], time.time())} ago,"
+                               f" {why}", 79)
     return [printable(line, 79) for line in lines]
 
 
@@ -2563,13 +2565,13 @@ def format_prometheus(status: Mapping[str, Any]) -> str:
 
 
 def show_status(config: Config) -> int:
-    status = read_status(config)
-    if config.json:
-        print(json.dumps(status))
-    elif config.prometheus:
-        print(format_prometheus(status))
-    else:
-        print("\n".join(draw_status(status)))
+    try:
+        status = read_status(config)
+        text = (json.dumps(status) if config.json else format_prometheus(status)
+                if config.prometheus else "\n".join(draw_status(status)))
+    except (LookupError, TypeError, ValueError):
+        raise AgentError("the status record is damaged: restart the agent", 1) from None
+    print(text)
     return int(status["exit_code"])
 
 
@@ -2587,7 +2589,7 @@ def explain_exception(error: Exception) -> str:
         return "no end in time: see what hangs here, by `dmesg` and `df`"
     if isinstance(error, OSError):
         return f"{explain_error(error)}: mend that, and start it again"
-    return f"unexpected {type(error).__name__}: report it with its traceback (--debug shows it)"
+    return f"unexpected {type(error).__name__}: report it with its traceback"
 
 
 class Bench:
@@ -2875,8 +2877,8 @@ def show_dry_run(config: Config) -> None:
 
 
 # ---- 12 Install
-# Of both scripts. All of each is one function that its last line calls, in one pair of braces: a
-# pipe that breaks off anywhere runs nothing, not even half a word.
+# Of both scripts, each one function in braces that its last line calls: a pipe that breaks off
+# anywhere runs nothing.
 BEGIN = r"""# shellcheck disable=SC2034,SC2086,SC2317,SC2329  # words are split; traps call
 { main() {
 set -eu
@@ -2949,13 +2951,15 @@ exec /opt/beta9-agent/venv/bin/python -I -m beta9_agent --config /etc/beta9-agen
 for unit in beta9-agent.service beta9-k3s-token.timer beta9-k3s-token.service; do
     systemctl -q disable --now $unit 2>/dev/null || : # it is not there
 done
+! systemctl -q is-active beta9-agent || fail 'the service does not stop: see its log'
 [ ! -e $manifest ] || mv $manifest $manifest.old # k3s would bring back what is in it
 if [ -s $manifest.old ] && command -v k3s >/dev/null; then
     k3s kubectl delete --ignore-not-found --request-timeout=10s -f $manifest.old ||
         fail 'k3s does not answer, so its tokens stay valid: start or remove it, and run this again'
 fi
-rm -rf $units/beta9-agent.service* $units/beta9-k3s-token.* $k3s $manifest.* $wrapper $wrapper.* \
-    $opt $opt.* $etc $etc.* $state $log /run/beta9-agent.lock
+rm -rf $units/beta9-agent.service $units/beta9-agent.service.old $units/beta9-k3s-token.* $k3s \
+    $manifest.* $wrapper $wrapper.old $opt $opt.old $opt.new $etc $etc.new $state $log \
+    /run/beta9-agent.lock
 rmdir -p ${manifest%/*} 2>/dev/null || : # where k3s never was
 systemctl daemon-reload
 systemctl reset-failed beta9-agent.service beta9-k3s-token.service 2>/dev/null || :
@@ -3064,10 +3068,12 @@ if ! systemctl cat k3s.service && ! systemctl cat k3s-agent.service; then
     if has_card && [ ! -e $runtime ]; then # before k3s, which looks for it when it starts
         step "installing NVIDIA's container toolkit"
         key=/etc/apt/keyrings/nvidia-container-toolkit.asc
-        install -d ${key%/*}
-        fetch $nvidia/gpgkey $key
-        echo "deb [signed-by=$key] $nvidia/stable/deb/\$(ARCH) /" \
-            >/etc/apt/sources.list.d/nvidia-container-toolkit.list
+        grep -qrs $nvidia /etc/apt/sources.list* || { # apt takes it once only
+            install -d ${key%/*}
+            fetch $nvidia/gpgkey $key
+            echo "deb [signed-by=$key] $nvidia/stable/deb/\$(ARCH) /" \
+                >/etc/apt/sources.list.d/nvidia-container-toolkit.list
+        }
         packages nvidia-container-toolkit
     fi
     step "fetching k3s's installer"
@@ -3100,13 +3106,13 @@ INSTALL_SSH_KEY = r"""
 """
 
 # Of the script, {words} in braces are replaced. Python runs with -I, so that nothing in the
-# caller's folder or variables is run as root.
+# caller's folder is run as root; pip's variables hold.
 INSTALL = r"""#!/bin/sh
 # Installs {version} as a service, or upgrades it. Read it, then run it as root.
 # New files are made beside the old ones, tried in the service's own sandbox, then moved into place:
 # a step that fails before that leaves what was there, running.
-# The machine token is in here, or comes from BETA9_TOKEN_FILE (a path) or BETA9_TOKEN, or is there
-# from before. So may a k3s token, BETA9_K3S_TOKEN_FILE; without one this machine's k3s makes it.
+# The machine token is in here, or in BETA9_TOKEN_FILE (a path) or BETA9_TOKEN, or from before; so
+# may a k3s token be, BETA9_K3S_TOKEN_FILE, else this machine's k3s makes one.
 # BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here. What is missing comes by apt-get.
 # Exits: 0 ready, or joined and waiting for k3s or the end of the boot; 1 the agent is as it was;
 # 3 in place, not ready yet.
@@ -3126,7 +3132,7 @@ packages() {
     for _ in $(seq 60); do # five minutes, while others hold apt's or dpkg's lock
         : >$log
         apt-get -qq update || :
-        DEBIAN_FRONTEND=noninteractive apt-get -qq -y install "$@" && return
+        DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-remove install "$@" && return
         grep -q 'get lock' $log || return 1
         sleep 5
     done
@@ -3205,7 +3211,7 @@ for name in unit wrapper k3s-account k3s-token k3s-token-service k3s-token-timer
 done
 {install_ssh}
 step "trying the settings in the service's sandbox"
-# The unit once, with the new files in place of the old; also while the machine boots.
+# The unit once, with the new files in place of the old.
 cat $opt.new/unit - >$try <<END
 [Unit]
 CollectMode=inactive-or-failed
@@ -3329,8 +3335,8 @@ def warn_of_script(config: Config) -> None:
         LOG.warning("%s must be on the machine too, where its service can read it: not under /home,"
                     " /root or /tmp", os.path.abspath(path))
     if config.install_k3s:
-        LOG.warning("the script fetches and runs as root what https://get.k3s.io has, and where a"
-                    " card is NVIDIA's packages from https://nvidia.github.io")
+        LOG.warning("the script runs as root what https://get.k3s.io has, and where a card is"
+                    " NVIDIA's packages from https://nvidia.github.io")
     if config.token or config.k3s_token:
         LOG.warning("what is printed holds the tokens: keep it as secret as they are")
 

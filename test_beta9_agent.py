@@ -4254,6 +4254,16 @@ DAMAGED = {"none": None, "empty": b"", "cut": b'{"pid": 1', "list": b"[]", "bina
            "large": b"x" * 70000, "long-number": b'{"pid": ' + b"9" * 5000 + b"}", "other-format": b'{"format": 3}'}
 
 
+@pytest.mark.parametrize("form", [(), ("--prometheus",)], ids=["screen", "prometheus"])
+@pytest.mark.parametrize("more", [{"wall_clock": "x"}, {"history": [{}]}, {"offer": {"cpu": 1}}], ids=" ".join)
+def test_status_of_a_record_of_other_types_is_one_line_with_the_remedy(box, more, form):
+    put(box, record(**more))
+    with held(box.state):
+        done = box.run("--status", *form, "--state-dir", box.state)
+    assert done.returncode == 1 and done.stdout == "", done.stdout
+    assert "the status record is damaged: restart the agent" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGED)
 def test_status_of_no_record_or_a_damaged_one_is_not_running_in_each_form(box, name):
