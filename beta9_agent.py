@@ -1196,7 +1196,9 @@ def notify_systemd(state: str) -> None:
 
 
 class StopFlag:
-    """Set by the first SIGTERM, SIGINT or SIGHUP; the second ends the program on the spot."""
+    """Set by SIGTERM, SIGINT or SIGHUP. A later one ends the program on the spot, if it is not the
+    same once more, as `timeout` and `uv run` send it.
+    """
 
     def __init__(self) -> None:
         self.at = math.inf              # when the signal came
@@ -1212,9 +1214,11 @@ class StopFlag:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
 
     def handle(self, number: int, frame: Any) -> None:
-        self.at = read_clock()
-        for each in self.signals:
-            signal.signal(each, signal.SIG_DFL)
+        now = read_clock()
+        if now - self.at > TICK:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.at = min(self.at, now)
 
     def is_set(self) -> bool:
         return self.at < math.inf
@@ -2165,10 +2169,9 @@ class TokenFiles:
             return
         for name, token in found.items():
             if isinstance(token, AgentError):
-                LOG.warning("--%s-file: no token can be read from %s, %s; %s until then",
-                            name.replace("_", "-"), printable(self.paths[name]), token,
-                            "the last one is used" if getattr(self.config, name) else
-                            "it is waited for")
+                until_then = "the last one is used" if getattr(self.config, name) else "waiting"
+                LOG.warning(f"--{name.replace('_', '-')}-file: no token can be read from"
+                            f" {printable(self.paths[name])}, {token}; {until_then} until then")
             elif token != getattr(self.config, name):
                 self.config.redactor.remember(name, token)
                 setattr(self.config, name, token)
@@ -2436,8 +2439,8 @@ def find_record(config: Config) -> tuple[bool, float, dict[str, Any]]:
             with contextlib.suppress(AgentError):
                 record = as_mapping(parse_json(read_file(path)))
                 if record.get("format") == 2:       # else it is damaged, or of another version
-                    running = (is_locked(folder)
-                               and read_file(f"{folder}/lock").strip() == str(record["pid"]))
+                    owner = read_file(f"{folder}/lock").strip()     # "" by a full disk
+                    running = is_locked(folder) and owner in ("", str(record["pid"]))
                     found.append((running, record["wall_clock"], record))
     return max(found, key=lambda row: row[:2])
 
@@ -2910,7 +2913,6 @@ TimeoutStartSec=infinity
 WatchdogSec=120
 Restart=always
 RestartSec=30
-RestartPreventExitStatus=2
 KillMode=mixed
 TimeoutStopSec=10
 ExecStart=/opt/beta9-agent/venv/bin/python -I -m beta9_agent --config /etc/beta9-agent/agent.yaml
@@ -3109,8 +3111,8 @@ INSTALL_SSH_KEY = r"""
 # caller's folder is run as root; pip's variables hold.
 INSTALL = r"""#!/bin/sh
 # Installs {version} as a service, or upgrades it. Read it, then run it as root.
-# New files are made beside the old ones, tried in the service's own sandbox, then moved into place:
-# a step that fails before that leaves what was there, running.
+# New files are made beside the old, tried in the service's own sandbox, then moved into place: a
+# step that fails before leaves what was there, running.
 # The machine token is in here, or in BETA9_TOKEN_FILE (a path) or BETA9_TOKEN, or from before; so
 # may a k3s token be, BETA9_K3S_TOKEN_FILE, else this machine's k3s makes one.
 # BETA9_HOSTNAME and BETA9_MACHINE_ID win over what is in here. What is missing comes by apt-get.
@@ -3129,7 +3131,7 @@ clean() {
 }
 agent() { $opt.new/venv/bin/python -I $opt.new/beta9_agent.py "$@"; }
 packages() {
-    for _ in $(seq 60); do # five minutes, while others hold apt's or dpkg's lock
+    for _ in $(seq 60); do # five minutes for apt's and dpkg's locks
         : >$log
         apt-get -qq update || :
         DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-remove install "$@" && return
