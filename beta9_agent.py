@@ -10,8 +10,8 @@ machine. Rooms 1 to 9 are the agent, whose heart is `keep`, at the end of room 9
 what a person calls by hand. Functions and classes call only what stands above them.
 
 A machine that is only registered gets no work: its first keepalive makes it ready. The lease holds
-the registration that the gateway has confirmed. Each turn of the loop works out the
-registration that the gateway should have, and acts on the difference:
+the registration that the gateway has confirmed. Each turn of the loop works out the registration
+that the gateway should have, and acts on the difference:
 
     settings -> facts (host, k3s, token files) -> offer -> wanted registration
                                                                |
@@ -299,7 +299,7 @@ TRY_HEALTH = ("Check --gateway-host and --gateway-port;"
 
 # The meaning of answers that confirm nothing, by the first pattern that matches a line such as
 # "keepalive 500 machine not found": the gateway says 500 for a bad pool name, for a machine that it
-# forgot and for real trouble alike. What says nothing is no gateway. Source: its handlers.
+# forgot and for real trouble alike. What says nothing is no gateway.
 ANSWERS = (
     ("keepalive .*(machine_expired|machine.not.found)", Kind.FORGOTTEN,
      "The gateway does not know this machine any more, as after a restart of its Redis"),
@@ -446,8 +446,8 @@ def lease_after(lease: Lease, call: str, wanted: Registration, outcome: Outcome,
                 config: Config, draw: Draw) -> Lease:
     """What a call that ended so at `now` makes of the lease: the whole schedule.
 
-    All well: register, keepalive at once, then one each interval. While a registration fails: that,
-    a keepalive, that again ..., with pauses; `failing_since` stays until one is taken.
+    All well: register, keepalive at once, then one each interval. While a registration fails: a
+    keepalive, register again, ..., with pauses; `failing_since` stays until one is taken.
     """
     lease = lease._replace(ttl=outcome.ttl or lease.ttl)
     if outcome.kind is not Kind.OK:
@@ -552,7 +552,7 @@ def plan_offer(found: Offer, promise: Promise, view: K3sView, registered: Offer 
     if (registered is not None and registered.cpu == 0
             and registered.gpu_count == offer.gpu_count and not view.workers):
         quiet_since = now if promise.quiet_since is None else promise.quiet_since
-    # Those that cannot be seen may be at work; of the process before, they are taken to be idle.
+    # Those that cannot be seen may be at work; those of the process before are taken to be idle.
     trusted = view.workers is not None or promise.from_before
     if trusted and quiet_since is not None and now - quiet_since >= WORKER_PATIENCE:
         return offer, Promise(offer.gpu_count), reason
@@ -752,7 +752,7 @@ def judge(record: Mapping[str, Any], running: bool, now: float) -> tuple[int, st
     if (ago("lease_ends_at") or 0) > 0:
         return 1, "not ready, as its lease ran out: it registers again with its next call"
     if record.get("gpus") is None:
-        return 1, "ready, but the NVIDIA driver does not answer: see `nvidia-smi` and `dmesg`"
+        return 1, "ready, but the NVIDIA driver does not answer: look at `nvidia-smi` and `dmesg`"
     if text("placement"):
         return 1, (f"ready, but no work will come: {text('placement')}; once that is mended,"
                    " restart the agent")
@@ -1196,8 +1196,8 @@ def notify_systemd(state: str) -> None:
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGHUP. A later one ends the program on the spot, if it is not the
-    same once more, as `timeout` and `uv run` send it.
+    """Set by SIGTERM, SIGINT or SIGHUP. Another one ends the program on the spot, unless it follows
+    at once, as from `timeout` or `uv run`.
     """
 
     def __init__(self) -> None:
@@ -1843,7 +1843,7 @@ class K3sWatch:
             "labelSelector": f"run.beam.cloud/role=worker,run.beam.cloud/machine-id={machine_id}"})
         self.question = Question(self.look_now)
         self.token: Secret | None = None        # that the looks so far were made with
-        self.token_worked = False                     # a look with that token was good
+        self.token_worked = False               # a look with that token was good
         self.steady, self.due = Steady(), -math.inf
         self.view = K3sView()
         self.believe(K3sView(f"k3s was not seen yet at {config.k3s_url}, so {NO_CPU}: {TRY_K3S}"))
@@ -2362,7 +2362,7 @@ def keep(config: Config, state: State) -> int:
                     return 0
             report.write("running", lease, offer, host, view)
 
-            # Wait for the next call, or look; not after a call, which was due by `now`.
+            # Wait for the next call, or the next look; after a call the next turn waits.
             if now < due:
                 STOP.wait_until(min(due, now + LOOK_PERIOD),
                                 lambda: not lost_ssh and gateway.has_lost_ssh())
@@ -2882,7 +2882,7 @@ def show_dry_run(config: Config) -> None:
 # ---- 12 Install
 # Of both scripts, each one function in braces that its last line calls: a pipe that breaks off
 # anywhere runs nothing.
-BEGIN = r"""# shellcheck disable=SC2034,SC2086,SC2317,SC2329  # words are split; traps call
+BEGIN = r"""# shellcheck disable=SC2034,SC2086,SC2317,SC2329  # split words; traps
 { main() {
 set -eu
 umask 022
@@ -2896,7 +2896,7 @@ say() { printf 'beta9-agent: %s\n' "$1" >&3 || :; }
 fail() { doing=''; trap '' PIPE; printf 'beta9-agent: %s\n' "$1$outcome" >&4 || :; exit $failure; }
 exec 3>&1 4>&2 </dev/null
 [ "$(id -u)" = 0 ] || fail 'this must run as root: pipe it into sudo sh'
-[ -d /run/systemd/system ] || fail 'systemd does not run here: start the agent by hand instead'
+[ -d /run/systemd/system ] || fail 'systemd does not run here: start the agent by hand'
 exec 9>/run/beta9-agent.lock
 flock -n 9 || fail 'another run is under way: wait until it ends'
 """
@@ -3265,7 +3265,7 @@ systemctl -q enable beta9-agent
 systemctl restart --no-block beta9-agent
 {ssh_key}
 [ "$(systemctl is-active cloud-final)" != activating ] || # the boot waits for us
-    end 0 'installed; it starts with the end of the boot'
+    end 0 'installed; it starts after the boot'
 step 'waiting a minute until it is ready'
 tries=15 # for two looks at k3s
 [ -e $etc/k3s-token ] || command -v k3s || tries=0 # no wait brings it
