@@ -2439,8 +2439,8 @@ def find_record(config: Config) -> tuple[bool, float, dict[str, Any]]:
             with contextlib.suppress(AgentError):
                 record = as_mapping(parse_json(read_file(path)))
                 if record.get("format") == 2:       # else it is damaged, or of another version
-                    owner = read_file(f"{folder}/lock").strip()     # "" by a full disk
-                    running = is_locked(folder) and owner in ("", str(record["pid"]))
+                    owners = "", str(record["pid"])     # "" by a full disk
+                    running = is_locked(folder) and read_file(f"{folder}/lock").strip() in owners
                     found.append((running, record["wall_clock"], record))
     return max(found, key=lambda row: row[:2])
 
