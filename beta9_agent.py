@@ -535,8 +535,7 @@ def plan_offer(found: Offer, promise: Promise, view: K3sView, registered: Offer 
 
     k3s has a fault                     no CPU, so that the gateway places nothing
     as many GPUs as promised, or more   all of it
-    fewer, and workers may hold them    no CPU
-    fewer, but the workers are gone     all of it
+    fewer                               no CPU, until workers that may hold the others are gone
 
     `registered` is what the gateway has confirmed last.
     """
@@ -1907,8 +1906,8 @@ class K3sWatch:
         if found.token_refused or usable and not self.token_worked:
             self.steady = Steady()      # which believes what it is told first
         self.token_worked = self.token_worked or usable
-        believed, node = self.steady.observe((usable, found.node if usable else None))
-        if believed == usable:      # else the view stays, until another look finds the same
+        believed_usable, node = self.steady.observe((usable, found.node if usable else None))
+        if believed_usable == usable:   # else the view stays, until another look finds the same
             self.believe(found._replace(node=node))
         return self.view
 
@@ -2009,34 +2008,33 @@ class State:
             with contextlib.suppress(AgentError):
                 kept = as_mapping(parse_json(read_file(f"{folder}/{machine_id}.offer")))
                 self.promised = int(number_in(kept, "gpu_count") or 0)
-        self.waiting: dict[str, tuple[str, int]] = {}       # text and mode, by path
+        self.waiting: dict[str, tuple[str, int]] = {}       # text and mode, by the file's ending
         self.writer = Question(self.write_waiting)
 
     def write_waiting(self) -> None:
-        for path, (text, mode) in list(self.waiting.items()):
-            write_atomically(path, text, mode)
-            if self.waiting.get(path) == (text, mode):      # and no newer one by now
-                del self.waiting[path]
+        for ending, (text, mode) in list(self.waiting.items()):
+            write_atomically(f"{self.folder}/{self.machine_id}{ending}", text, mode)
+            if self.waiting.get(ending) == (text, mode):    # and no newer one by now
+                del self.waiting[ending]
 
     def write(self, ending: str, record: Mapping[str, Any], mode: int) -> None:
         """Writes a file of this machine, aside, as a disk can hang. What the disk does not take is
         written with the next record.
         """
+        self.waiting[ending] = (json.dumps(record) + "\n", mode)
         if self.hung is not None:
             with contextlib.suppress(TimeoutError):
                 found = self.hung.ask(read_clock())
                 self.hung, self.folder, self.lock = None, found.folder, found.lock
         if not self.folder:
             return
-        path = f"{self.folder}/{self.machine_id}{ending}"
-        self.waiting[path] = (json.dumps(record) + "\n", mode)
         try:
             while self.waiting:     # the first answer may be to the question before
                 self.writer.poll(TICK)
         except Exception as error:
             why = "the disk hangs" if isinstance(error, TimeoutError) else explain_error(error)
             LOG.warning("%s cannot be written, %s: keepalives go on, and it is tried again; see"
-                        " `df`, and whether this user may write there", path, why)
+                        " `df`, and whether this user may write there", self.folder, why)
 
     def keep_promise(self, offer: Offer) -> None:
         """Keeps for the next start how many GPUs workers may hold, before any can hold them."""
@@ -2044,7 +2042,7 @@ class State:
             self.promised = offer.gpu_count
             self.write(".offer", offer._asdict(), 0o600)
             with contextlib.suppress(Exception):
-                if self.waiting:
+                if self.folder and self.waiting:
                     self.writer.ask(read_clock() + HOST_DEADLINE)
 
 

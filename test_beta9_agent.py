@@ -2686,18 +2686,21 @@ def test_state_folder_without_locks_is_used_with_one_warning(box, gateway, prelo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["at-the-start", "later"])
-def test_state_folder_that_hangs_costs_no_keepalive_and_no_stop(box, gateway, preloaded, when):
+def test_state_folder_that_hangs_costs_no_keepalive_no_promise_and_no_stop(box, gateway, preloaded, driver, when):
     flag = box.folder / "hangs"
     box.state.mkdir()
     if when == "at-the-start":
         flag.touch()
-    agent = box.ready(gateway, LD_PRELOAD=preloaded, STUB_FOLDER=box.state, STUB_HANG=flag)
+    driver.say("..")
+    agent = box.ready(gateway, "--offer-always", LD_PRELOAD=preloaded, STUB_FOLDER=box.state, STUB_HANG=flag,
+                      **driver.environ)
     flag.touch()
     for _ in range(40):
         gateway.ready_again()
     threads = agent.facts("Threads")
     flag.unlink()
     wait(lambda: box.record().get("state") == "running", agent.log)
+    wait(lambda: list(box.state.glob("*.offer")), "what workers may hold is kept for the next start")
     flag.touch()
     time.sleep(1)
     assert agent.stop(within=5) == 0, "2 s, and room for a busy machine"
