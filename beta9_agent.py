@@ -1944,7 +1944,7 @@ def write_atomically(path: str, text: str, mode: int) -> None:
 
 
 def read_fingerprint() -> str:
-    """A hash of /etc/machine-id, which differs on machines with a copy of one disk."""
+    """A hash of /etc/machine-id, which a copy of a disk makes anew, if it was emptied before."""
     try:
         return hashlib.sha256(b"beta9-agent" + read_file("/etc/machine-id").encode()).hexdigest()
     except AgentError:
@@ -2023,7 +2023,7 @@ class State:
         """
         self.waiting[ending] = (json.dumps(record) + "\n", mode)
         if self.hung is not None:
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, RuntimeError, OSError):
                 found = self.hung.ask(read_clock())
                 self.hung, self.folder, self.lock = None, found.folder, found.lock
         if not self.folder:
