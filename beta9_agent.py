@@ -1202,15 +1202,14 @@ class StopFlag:
     def __init__(self) -> None:
         self.at = math.inf              # when the signal came
         self.patience = STOP_DEADLINE   # seconds from then on, for what is under way
-        self.signals: list[int] = []
 
     def install(self) -> None:
         """Takes the signals, even where the parent blocked them; nohup's stay ignored."""
-        self.signals = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-                        if signal.getsignal(number) != signal.SIG_IGN]
-        for number in self.signals:
+        signals = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                   if signal.getsignal(number) != signal.SIG_IGN]
+        for number in signals:
             signal.signal(number, self.handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
     def handle(self, number: int, frame: Any) -> None:
         now = read_clock()
@@ -1390,7 +1389,7 @@ class Host:
     def __init__(self, config: Config) -> None:
         import psutil
         self.config, self.capacity = config, Steady()
-        self.driver = Question(list if config.max_gpus == 0 else list_gpus)
+        self.driver = Question((lambda: []) if config.max_gpus == 0 else list_gpus)
         self.disk = Question(lambda: psutil.disk_usage("/"))
         self.metrics = Metrics(None, None, None, None, None, None, 0)
         self.gpus: list[Gpu] | None = None
